@@ -1,0 +1,156 @@
+"""Following what the erased indices of one atom hold through the graph.
+
+The lattice has three levels: zero (or another known constant), and unknown. A family can be
+erased exactly if every tensor in which the indices disappear (a contraction, a mean, a norm)
+holds zeros there, or if what it holds can be made up for by a correction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from torchlathe.ir.axes.inference import AxisMap
+from torchlathe.ir.axes.rule import UNKNOWN, Layout, Value, Values, join
+from torchlathe.ir.axes.table import rule_of
+from torchlathe.ir.axes.terms import Atom, Term
+
+__all__ = ["AtomIndex", "Flow"]
+
+
+class AtomIndex:
+    """Which nodes and axes carry which atom; built once for all flows of a program."""
+
+    def __init__(self, axis_map: AxisMap, graph: fx.Graph) -> None:
+        self.axis_map = axis_map
+        # Per node and result: the atoms (by number) of each axis.
+        self._axes: dict[fx.Node, list[list[frozenset[int]]]] = {}
+        self.touching: dict[int, list[fx.Node]] = {}
+        cache: dict[int, frozenset[int]] = {}
+        for node in graph.nodes:
+            axes = []
+            here: set[int] = set()
+            for result in axis_map.results(node):
+                row = []
+                for term in result or ():
+                    atoms = cache.get(id(term))
+                    if atoms is None:
+                        atoms = frozenset(a.number for a in axis_map.atoms_of(term))
+                        cache[id(term)] = atoms
+                    row.append(atoms)
+                    here |= atoms
+                axes.append(row)
+            self._axes[node] = axes
+            for used in node.all_input_nodes:
+                for used_row in self._axes[used]:
+                    here.update(*used_row)
+            for number in here:
+                self.touching.setdefault(number, []).append(node)
+
+    def axes(self, node: fx.Node, result: int = 0) -> list[frozenset[int]]:
+        """Atoms on each axis of one result."""
+        rows = self._axes[node]
+        return rows[result] if result < len(rows) else []
+
+    def results(self, node: fx.Node) -> list[list[frozenset[int]]]:
+        """Atoms on each axis of every result."""
+        return self._axes[node]
+
+
+@dataclass
+class Flow:
+    """One atom's walk through the graph, and what rules call on the way.
+
+    Attributes:
+        atom: The atom whose indices are left out.
+        corrections: What has to be corrected, by node.
+        losses: Why leaving the indices out changes what is computed elsewhere, by node.
+    """
+
+    index: AtomIndex
+    atom: Atom
+    corrections: dict[fx.Node, str] = field(default_factory=dict)
+    losses: dict[fx.Node, str] = field(default_factory=dict)
+    _values: dict[fx.Node, Values] = field(default_factory=dict)
+
+    def run(self, start: Mapping[fx.Node, Sequence[Value | None]]) -> None:
+        """Visit every node that the atom touches.
+
+        Args:
+            start: Values of the placeholders, per dimension.
+        """
+        for node in self.index.touching.get(self.atom.number, ()):
+            if node.op == "placeholder":
+                self._values[node] = tuple(start[node])
+            elif node.op == "call_function":
+                rule = rule_of(node)
+                # Without a rule the atom would be pinned, and nobody would ask.
+                assert rule is not None, node
+                self._values[node] = rule.flow(node, self)
+
+    # -- what rules call ---------------------------------------------------------------------
+
+    def on(self, node: fx.Node, axis: int, result: int = 0) -> bool:
+        """Whether the atom is on this axis of a node's result."""
+        return self.atom.number in self.index.axes(node, result)[axis]
+
+    def carries(self, term: Term) -> bool:
+        """Whether the atom is part of a term."""
+        return any(a is self.atom for a in self.index.axis_map.atoms_of(term))
+
+    def rank(self, node: fx.Node) -> int:
+        """Number of axes of a node's (only) result."""
+        return len(self.index.axes(node))
+
+    def value(self, node: fx.Node, axis: int) -> Value | None:
+        """The value of a tensor at the erased indices of an axis; None without the atom."""
+        if not self.on(node, axis):
+            return None
+        found = self._values.get(node)
+        return found[axis] if isinstance(found, tuple) else UNKNOWN
+
+    def values(self, node: fx.Node) -> list[Value]:
+        """The values of all axes of a node that carry the atom."""
+        axes = range(self.rank(node))
+        return [v for axis in axes if (v := self.value(node, axis)) is not None]
+
+    def result_values(self, node: fx.Node, result: int) -> tuple[Value | None, ...]:
+        """The values of one result of an op with several."""
+        found = self._values.get(node)
+        if isinstance(found, list):
+            return found[result]
+        return tuple(None for _ in self.index.axes(node, result))
+
+    def layout(self, node: fx.Node) -> Layout:
+        """The letters of a contraction."""
+        return self.index.axis_map.layouts[node]
+
+    def structural(self, node: fx.Node) -> Values:
+        """The values where elements are only moved: each axis has those of where it came from."""
+        found = [v for used in node.all_input_nodes for v in self.values(used)]
+        moved = join(found) if found else UNKNOWN
+        rows = [
+            tuple(moved if self.atom.number in axis else None for axis in row)
+            for row in self.index.results(node)
+        ]
+        value = node.meta["val"]
+        return rows if isinstance(value, list | tuple) else rows[0]
+
+    def unknown(self, node: fx.Node) -> Values:
+        """Nothing known on every axis that carries the atom."""
+        rows = [
+            tuple(UNKNOWN if self.atom.number in axis else None for axis in row)
+            for row in self.index.results(node)
+        ]
+        value = node.meta["val"]
+        return rows if isinstance(value, list | tuple) else rows[0]
+
+    def correct(self, node: fx.Node, how: str) -> None:
+        """Note that ``Rule.resize`` has to correct this node."""
+        self.corrections[node] = how
+
+    def lose(self, node: fx.Node, reason: str) -> None:
+        """Note that leaving the indices out changes what this node computes."""
+        self.losses[node] = reason

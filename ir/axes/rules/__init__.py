@@ -1,0 +1,1 @@
+"""Axis rules, one file for each family of ops."""

@@ -1,0 +1,282 @@
+"""Ops that sum products over letters: linear, matmul, einsum, convolutions, and signatures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from torchlathe.ir.axes.extents import divide
+from torchlathe.ir.axes.inference import is_one
+from torchlathe.ir.axes.rule import (
+    UNKNOWN,
+    ZERO,
+    Layout,
+    Rule,
+    Terms,
+    Value,
+    Values,
+    argument,
+    with_arguments,
+)
+from torchlathe.ir.axes.terms import ONE, Term
+
+if TYPE_CHECKING:
+    from torchlathe.ir.axes.flow import Flow
+    from torchlathe.ir.axes.inference import Inference
+    from torchlathe.ir.axes.resize import Resize
+
+__all__ = ["Contraction", "Convolution", "Einsum", "Signature"]
+
+Axes = tuple[tuple[str, ...], ...]
+
+
+class Contraction(Rule):
+    """``out = sum over contracted letters of the product of the factors, plus the addends``."""
+
+    def layout(self, node: fx.Node, ax: Inference) -> Layout:
+        """The letters of this node's operands and result."""
+        raise NotImplementedError
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """The same letter is the same term everywhere."""
+        layout = self.layout(node, ax)
+        ax.layouts[node] = layout
+        letters = layout.letters
+        for operand, axes in (*layout.factors, *layout.addends):
+            for term, names in zip(ax.terms(operand), axes, strict=True):
+                if is_one(term):
+                    for name in names:
+                        letters.setdefault(name, ONE)
+                elif len(names) == 1 and is_one(letters.get(names[0], ONE)):
+                    letters[names[0]] = term
+                else:
+                    ax.unify(term, ax.solver.product(letters[name] for name in names))
+        out = []
+        for names, extent in zip(layout.output, ax.shape(node), strict=True):
+            if any(name not in letters for name in names):
+                letters[names[0]] = ax.fresh(extent)
+            out.append(ax.solver.product(letters[name] for name in names))
+        return tuple(out)
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """A letter's indices vanish from the sum if any factor is zero there."""
+        layout = flow.layout(node)
+        mine = {name for name, term in layout.letters.items() if flow.carries(term)}
+        products = {name: self._product(layout.factors, name, flow) for name in mine}
+        for name in mine & layout.contracted:
+            if not products[name].is_zero:
+                flow.lose(node, "it sums over indices that are not zero")
+        out: list[Value | None] = []
+        for names in layout.output:
+            here = [products[name] for name in names if name in mine]
+            if not here:
+                out.append(None)
+                continue
+            value = ZERO if all(v.is_zero for v in here) else UNKNOWN
+            for operand, axes in layout.addends:
+                added = [
+                    flow.value(operand, axis)
+                    for axis, own in enumerate(axes)
+                    if set(own) & set(names)
+                ]
+                if not added or not all(v is not None and v.is_zero for v in added):
+                    value = UNKNOWN
+            out.append(value)
+        return tuple(out)
+
+    @staticmethod
+    def _product(factors: list[tuple[fx.Node, Axes]], name: str, flow: Flow) -> Value:
+        for operand, axes in factors:
+            for axis, own in enumerate(axes):
+                if name in own:
+                    value = flow.value(operand, axis)
+                    if value is not None and value.is_zero:
+                        return ZERO
+        return UNKNOWN
+
+    def reads(self, node: fx.Node, operand: fx.Node, layout: Layout | None) -> set[int]:
+        """Axes of an operand whose letters are all summed over."""
+        assert layout is not None
+        contracted = layout.contracted
+        found: set[int] = set()
+        for used, axes in (*layout.factors, *layout.addends):
+            if used is operand:
+                found |= {i for i, own in enumerate(axes) if own and set(own) <= contracted}
+        return found
+
+
+_OPERAND = re.compile(r"\s*(\w+)\s*\[([^\]]*)\]\s*")
+
+
+@dataclass(frozen=True)
+class Signature(Contraction):
+    """A contraction in writing: ``"x[*b, i] * weight[o, i] + bias[o] -> [*b, o]"``.
+
+    Operands are named as in the op's schema. ``*`` (or a comma) multiplies, ``+`` adds. A letter
+    that is missing in the result is summed over. ``*name`` stands for any number of leading axes
+    that broadcast. Optional operands may be absent.
+
+    Attributes:
+        text: The signature.
+    """
+
+    text: str
+
+    def layout(self, node: fx.Node, ax: Inference) -> Layout:
+        """Read the text against the ranks of the operands."""
+        left, right = self.text.split("->")
+        layout = Layout()
+        ranks: dict[str, int] = {}
+        for addend, name, body in _operands(left):
+            operand = argument(node, name)
+            if not isinstance(operand, fx.Node):
+                continue
+            axes = _axes(body, len(ax.terms(operand)), ranks)
+            (layout.addends if addend else layout.factors).append((operand, axes))
+        body = right.strip().removeprefix("[").removesuffix("]")
+        layout.output = _axes(body, node.meta["val"].dim(), ranks)
+        return layout
+
+
+def _operands(text: str) -> list[tuple[bool, str, str]]:
+    found = []
+    addend = False
+    position = 0
+    while position < len(text):
+        match = _OPERAND.match(text, position)
+        if match is None:
+            raise ValueError(f"cannot read the signature {text!r} at {text[position:]!r}")
+        found.append((addend, match[1], match[2]))
+        position = match.end()
+        if position < len(text):
+            addend = text[position] == "+"
+            position += 1
+    return found
+
+
+def _axes(body: str, rank: int, ranks: dict[str, int]) -> Axes:
+    """Letters per axis; a starred name takes the axes that the plain letters leave."""
+    names = [part.strip() for part in body.split(",") if part.strip()]
+    axes: list[tuple[str, ...]] = []
+    for name in names:
+        if not name.startswith("*"):
+            axes.append((name,))
+            continue
+        count = rank - (len(names) - 1)
+        # Numbered from the right, because broadcasting aligns at the right.
+        axes.extend((f"{name[1:]}{count - 1 - i}",) for i in range(count))
+        ranks[name] = count
+    return tuple(axes)
+
+
+class Einsum(Contraction):
+    """``einsum`` without an ellipsis on unequal ranks; the equation is the layout."""
+
+    def layout(self, node: fx.Node, ax: Inference) -> Layout:
+        """Letters of the equation."""
+        equation = str(node.args[0]).replace(" ", "")
+        operands = list(node.args[1])  # type: ignore[arg-type]
+        left, _, right = equation.partition("->")
+        inputs = left.split(",")
+        if not right and "->" not in equation:
+            plain = left.replace(",", "").replace("...", "")
+            right = ("..." if "..." in left else "") + "".join(
+                sorted(c for c in set(plain) if plain.count(c) == 1)
+            )
+        layout = Layout()
+        for text, operand in zip(inputs, operands, strict=True):
+            assert isinstance(operand, fx.Node)
+            layout.factors.append((operand, _letters(text, len(ax.terms(operand)))))
+        layout.output = _letters(right, node.meta["val"].dim())
+        return layout
+
+
+def _letters(text: str, rank: int) -> Axes:
+    before, dots, after = text.partition("...")
+    axes = [(c,) for c in before]
+    if dots:
+        count = rank - len(before) - len(after)
+        axes += [(f"...{count - 1 - i}",) for i in range(count)]
+    return tuple(axes + [(c,) for c in after])
+
+
+@dataclass(frozen=True)
+class Convolution(Contraction):
+    """Convolutions of any rank, grouped and depthwise, and transposed ones.
+
+    Attributes:
+        transposed: Whether the weight is (in, out / groups, *kernel).
+    """
+
+    transposed: bool = False
+
+    def _transposed(self, node: fx.Node) -> bool:
+        return self.transposed or bool(argument(node, "transposed", False))
+
+    def layout(self, node: fx.Node, ax: Inference) -> Layout:
+        """``x[n, (g i), *s] * w[(g o), i, *k] + b[(g o)] -> [n, (g o), *t]``."""
+        x, weight = argument(node, "input"), argument(node, "weight")
+        bias, groups = argument(node, "bias"), argument(node, "groups", 1)
+        assert isinstance(x, fx.Node)
+        assert isinstance(weight, fx.Node)
+        x_terms, w_terms = ax.terms(x), ax.terms(weight)
+        spatial = len(w_terms) - 2
+        lead = len(x_terms) - spatial - 1  # 1, or 0 without a batch
+        out_channels = ax.shape(node)[lead]
+        letters: dict[str, Term] = {}
+        x_channel = x_terms[lead]
+        if groups == 1:
+            letters["g"] = ONE
+        else:
+            inner = divide(x_channel.extent, groups)
+            letters["g"], letters["i"] = ax.split(x_channel, inner)
+            o_inner = divide(out_channels, groups)
+            first = w_terms[1 if self._transposed(node) else 0]
+            if self._transposed(node):
+                letters["o"] = first
+            else:
+                outer, letters["o"] = ax.split(first, o_inner)
+                ax.unify(letters["g"], outer)
+        ax.pin_all(x_terms[lead + 1 :], "it is a position that a convolution slides over")
+        ax.pin_all(w_terms[2:], "it is a position in a convolution's kernel")
+        # With one group the letter g would only be in the way.
+        grouped = groups != 1
+        channel_in: tuple[str, ...] = ("g", "i") if grouped else ("i",)
+        channel_out: tuple[str, ...] = ("g", "o") if grouped else ("o",)
+        kernel = tuple((f"k{i}",) for i in range(spatial))
+        w_axes = (
+            (channel_in, ("o",), *kernel)
+            if self._transposed(node)
+            else (channel_out, ("i",), *kernel)
+        )
+        batch = tuple((f"n{i}",) for i in range(lead))
+        layout = Layout(letters=letters)
+        layout.factors = [
+            (x, (*batch, channel_in, *((f"s{i}",) for i in range(spatial)))),
+            (weight, w_axes),
+        ]
+        if isinstance(bias, fx.Node):
+            layout.addends = [(bias, (channel_out,))]
+        layout.output = (*batch, channel_out, *((f"t{i}",) for i in range(spatial)))
+        return layout
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """Positions of the result are its own, and fixed."""
+        terms = super().infer(node, ax)
+        assert isinstance(terms, tuple)
+        layout = ax.layouts[node]
+        for term, names in zip(terms, layout.output, strict=True):
+            if names[0].startswith("t"):
+                ax.pin(term, "it is a position of a convolution's result")
+        return terms
+
+    def resize(self, node: fx.Node, resize: Resize) -> None:
+        """The number of groups."""
+        groups: Any = argument(node, "groups", 1)
+        letters = resize.layout(node).letters
+        if groups != 1 and resize.touched(letters["g"]):
+            new = resize.extent(letters["g"])
+            resize.edit.set_args(node, *with_arguments(node, {"groups": new}))

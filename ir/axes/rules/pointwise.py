@@ -1,0 +1,90 @@
+"""Ops that work element by element, under broadcasting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import fx
+
+from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Rule, Terms, Value, Values
+
+if TYPE_CHECKING:
+    from torchlathe.ir.axes.flow import Flow
+    from torchlathe.ir.axes.inference import Inference
+
+__all__ = ["Pointwise", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Pointwise(Rule):
+    """``out[i] = f(a[i], b[i], ...)``.
+
+    Attributes:
+        zero: Which zeros survive: "identity" passes the first operand's value on, "product" is
+            zero if any operand is, "quotient" if the first is, "branches" if both branches of a
+            ``where`` are, "function" is evaluated on the known constants.
+    """
+
+    zero: Literal["identity", "product", "quotient", "branches", "function"] = "function"
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """Operands broadcast against each other."""
+        operands = [ax.terms(n) for n in node.all_input_nodes]
+        return ax.broadcast(operands, node.meta["val"].dim())
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """Per axis, the function of what the operands hold there."""
+        rank = flow.rank(node)
+        out: list[Value | None] = []
+        for axis in range(rank):
+            if not flow.on(node, axis):
+                out.append(None)
+                continue
+            values: dict[fx.Node, Value | None] = {}
+            for used in node.all_input_nodes:
+                index = axis - rank + flow.rank(used)
+                values[used] = flow.value(used, index) if index >= 0 else None
+            out.append(self._combine(node, values))
+        return tuple(out)
+
+    def _combine(self, node: fx.Node, values: dict[fx.Node, Value | None]) -> Value:
+        known = [v for v in values.values() if v is not None]
+        first = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if self.zero == "identity":
+            return first or UNKNOWN
+        if self.zero == "product" and any(v.is_zero for v in known):
+            return ZERO
+        if self.zero == "quotient" and first is not None and first.is_zero:
+            return ZERO
+        if self.zero == "branches":
+            branches = [values.get(n) for n in node.args[1:3] if isinstance(n, fx.Node)]
+            numbers = [n for n in node.args[1:3] if isinstance(n, int | float)]
+            same = {b.constant if b else None for b in branches} | {float(n) for n in numbers}
+            return Value(same.pop()) if len(same) == 1 else UNKNOWN
+        if len(known) < len(values):
+            return UNKNOWN  # an operand that does not carry the atom may hold anything
+        return evaluate(node, {n: v for n, v in values.items() if v is not None})
+
+
+def evaluate(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+    """Run the op on constants; unknown unless all are known and the result is finite."""
+    constants = {n: v.constant for n, v in values.items()}
+    if any(c is None for c in constants.values()):
+        return UNKNOWN
+
+    def constant(used: fx.Node) -> torch.Tensor:
+        value = torch.tensor(constants[used], dtype=torch.float64)
+        fake = used.meta["val"]
+        return value if fake.is_floating_point() else value.to(fake.dtype)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), constant)
+    assert callable(node.target)
+    try:
+        result = float(node.target(*args, **kwargs))
+    except Exception:  # noqa: BLE001 - an op that does not take scalars only loses precision
+        return UNKNOWN
+    return Value(result) if math.isfinite(result) else UNKNOWN
+

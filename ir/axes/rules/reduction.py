@@ -1,0 +1,168 @@
+"""Ops that reduce along axes, or normalise along them without parameters."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx
+
+from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Rule, Terms, Value, Values, argument
+from torchlathe.ir.axes.terms import ONE, Term
+
+if TYPE_CHECKING:
+    from torchlathe.ir.axes.flow import Flow
+    from torchlathe.ir.axes.inference import Inference
+    from torchlathe.ir.axes.resize import Resize
+
+__all__ = ["AlongAxis", "Reduce", "correct_means", "reduced_axes"]
+
+_MUL = torch.ops.aten.mul.Tensor
+_ADD = torch.ops.aten.add.Tensor
+
+
+def reduced_axes(node: fx.Node, rank: int) -> set[int]:
+    """The axes that a reduction reduces; all of them if it names none."""
+    dims: Any = argument(node, "dim")
+    if dims is None or (isinstance(dims, list | tuple) and not dims):
+        return set(range(rank))
+    chosen = dims if isinstance(dims, list | tuple) else [dims]
+    return {d % rank for d in chosen} if rank else set()
+
+
+@dataclass(frozen=True)
+class Reduce(Rule):
+    """A reduction over some axes, with one or several results.
+
+    Attributes:
+        kind: "sum" ignores zeros; "mean" and "var_mean" are made up for by their divisor; with
+            "other" leaving out even zeros changes the result.
+    """
+
+    kind: Literal["sum", "mean", "var_mean", "other"] = "other"
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """The axes that stay, with `ONE` where ``keepdim`` asks for it."""
+        source = node.args[0]
+        terms = ax.terms(source)
+        reduced = reduced_axes(node, len(terms))
+        values = node.meta["val"]
+        first = values if isinstance(values, torch.Tensor) else values[0]
+        keepdim = first.dim() == len(terms)
+        out: list[Term] = []
+        for axis, term in enumerate(terms):
+            if axis not in reduced:
+                out.append(term)
+            elif keepdim:
+                out.append(ONE)
+        if isinstance(values, torch.Tensor):
+            return tuple(out)
+        return [tuple(out) for _ in values]
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """Report what the reduced axes lose; other axes keep a zero."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        rank = flow.rank(source)
+        reduced = reduced_axes(node, rank)
+        for axis in reduced:
+            value = flow.value(source, axis)
+            if value is not None:
+                self._lost(node, value, flow)
+        kept = [v for a in range(rank) if a not in reduced and (v := flow.value(source, a))]
+        passed = ZERO if self.kind in ("sum", "mean") and all(v.is_zero for v in kept) else UNKNOWN
+        if self.kind == "mean" and len(kept) == 1:
+            passed = kept[0]
+        rows = [
+            tuple(passed if flow.atom.number in axis else None for axis in row)
+            for row in flow.index.results(node)
+        ]
+        return rows if isinstance(node.meta["val"], list | tuple) else rows[0]
+
+    def _lost(self, node: fx.Node, value: Value, flow: Flow) -> None:
+        if not value.is_zero:
+            flow.lose(node, "it reduces over indices that are not zero")
+        elif self.kind in ("mean", "var_mean"):
+            flow.correct(node, "the mean still counts the erased zeros")
+        elif self.kind == "other":
+            flow.lose(node, "even zeros take part in this reduction")
+
+    def resize(self, node: fx.Node, resize: Resize) -> None:
+        """Keep the divisor that counts the erased zeros."""
+        if node not in resize.corrected or self.kind not in ("mean", "var_mean"):
+            return
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        terms = resize.terms(source)
+        share = 1.0
+        for axis in reduced_axes(node, len(terms)):
+            share *= resize.share(terms[axis])
+        if share != 1.0:
+            correct_means(node, share, resize, self.kind)
+
+
+def correct_means(node: fx.Node, share: float, resize: Resize, kind: str) -> None:
+    """Rescale means over ``kept`` elements to means over all of them, the rest being zeros.
+
+    With s = kept / all: mean = s * mean', and from E[x^2] = s (var' + mean'^2),
+    var = s * var' + s (1 - s) * mean'^2 (own; algebra of the zeros' share).
+    """
+    edit = resize.edit
+    if kind == "mean":
+        users = list(node.users)
+        scaled = edit.call(_MUL, (node, share), like=node)
+        _redirect(resize, users, node, scaled)
+        return
+    taken = {int(u.args[1]): u for u in node.users}  # type: ignore[call-overload]
+    mean = taken.get(1)
+    if mean is None:
+        mean = edit.call(operator.getitem, (node, 1), like=node)
+    mean_users = list(mean.users)
+    new_mean = edit.call(_MUL, (mean, share), like=mean)
+    _redirect(resize, mean_users, mean, new_mean)
+    if (var := taken.get(0)) is not None:
+        var_users = list(var.users)
+        last = mean if var < mean else var
+        square = edit.call(_MUL, (mean, mean), like=last)
+        extra = edit.call(_MUL, (square, share * (1.0 - share)), like=square)
+        scaled = edit.call(_MUL, (var, share), like=extra)
+        total = edit.call(_ADD, (scaled, extra), like=scaled)
+        _redirect(resize, var_users, var, total)
+
+
+def _redirect(resize: Resize, users: list[fx.Node], old: fx.Node, new: fx.Node) -> None:
+    for user in users:
+        user.replace_input_with(old, new)
+        resize.edit.touch(user)
+
+
+@dataclass(frozen=True)
+class AlongAxis(Rule):
+    """Ops that compute along one axis and keep the shape: ``softmax``, ``cumsum``.
+
+    Attributes:
+        linear: Whether zeros along other axes stay zero.
+    """
+
+    linear: bool = False
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """The shape does not change."""
+        terms = ax.terms(node.args[0])
+        values = node.meta["val"]
+        return terms if isinstance(values, torch.Tensor) else [terms for _ in values]
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """Along the axis itself every index matters."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        rank = flow.rank(source)
+        for axis in reduced_axes(node, rank):
+            if flow.value(source, axis) is not None:
+                flow.lose(node, "every index along this axis takes part in it")
+        if self.linear:
+            return flow.structural(node)
+        return flow.unknown(node)
+

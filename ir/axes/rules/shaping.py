@@ -1,0 +1,186 @@
+"""Ops that move elements without computing: views, permutations, expansion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from torchlathe.ir.axes.inference import is_one
+from torchlathe.ir.axes.rule import Rule, Terms, Values, argument, with_arguments
+from torchlathe.ir.axes.terms import ONE, Term
+
+if TYPE_CHECKING:
+    from torchlathe.ir.axes.flow import Flow
+    from torchlathe.ir.axes.inference import Inference
+    from torchlathe.ir.axes.resize import Resize
+
+__all__ = ["Expand", "Permute", "Repeat", "Reshape", "Squeeze", "Structural", "Unsqueeze"]
+
+
+class Structural(Rule):
+    """Elements only change places, so an erased index holds what it held before."""
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """The values of where the elements came from."""
+        return flow.structural(node)
+
+
+@dataclass(frozen=True)
+class Reshape(Structural):
+    """``view``, ``reshape``, ``flatten``, ``unflatten``: row-major regrouping.
+
+    Attributes:
+        sizes: Name of the size argument; "" where there is none to recompute.
+    """
+
+    sizes: str = ""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """Regroup the factors."""
+        source = node.args[0]
+        return ax.reshape(ax.terms(source), ax.shape(node))
+
+    def resize(self, node: fx.Node, resize: Resize) -> None:
+        """The new sizes are the extents of the result's terms."""
+        if not self.sizes:
+            return
+        terms = resize.terms(node)
+        sizes: Any = argument(node, self.sizes)
+        if len(sizes) != len(terms):  # unflatten gives sizes for one axis only
+            rank = len(resize.terms(node.args[0]))  # type: ignore[arg-type]
+            start = argument(node, "dim") % rank
+            terms = terms[start : start + len(sizes)]
+        new = resize.sizes(node, sizes, terms)
+        if new != list(sizes):
+            resize.edit.set_args(node, *with_arguments(node, {self.sizes: new}))
+
+
+@dataclass(frozen=True)
+class Permute(Structural):
+    """``permute``, ``transpose``, ``t``, ``movedim`` and their like."""
+
+    def order(self, node: fx.Node, rank: int) -> list[int]:
+        """Which axis of the input each axis of the result is."""
+        name = node.target._schema.name  # type: ignore[union-attr]
+        if name in ("aten::permute",):
+            dims: Any = argument(node, "dims")
+            return [d % rank for d in dims]
+        if name in ("aten::t", "aten::numpy_T", "aten::mT", "aten::adjoint"):
+            swap = (rank - 2, rank - 1)
+        else:
+            swap = (argument(node, "dim0") % rank, argument(node, "dim1") % rank)
+        order = list(range(rank))
+        if rank > 1:
+            order[swap[0]], order[swap[1]] = order[swap[1]], order[swap[0]]
+        return order
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """The same terms in another order."""
+        terms = ax.terms(node.args[0])
+        return tuple(terms[i] for i in self.order(node, len(terms)))
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """The same values in another order."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return tuple(flow.value(source, i) for i in self.order(node, flow.rank(source)))
+
+
+class Unsqueeze(Structural):
+    """A new axis of extent 1."""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """Insert `ONE`."""
+        terms = list(ax.terms(node.args[0]))
+        terms.insert(argument(node, "dim") % (len(terms) + 1), ONE)
+        return tuple(terms)
+
+
+class Squeeze(Structural):
+    """Axes of extent 1 go."""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """Keep the terms of the axes that are not squeezed."""
+        terms = ax.terms(node.args[0])
+        dims: Any = argument(node, "dim")
+        if dims is None:
+            drop = {i for i, t in enumerate(terms) if is_one(t)}
+        else:
+            chosen = dims if isinstance(dims, list | tuple) else [dims]
+            drop = {d % len(terms) for d in chosen if is_one(terms[d % len(terms)])}
+        return tuple(t for i, t in enumerate(terms) if i not in drop)
+
+
+@dataclass(frozen=True)
+class Expand(Structural):
+    """``expand``, ``expand_as``, ``broadcast_to``: an axis of extent 1 is repeated.
+
+    Attributes:
+        sizes: Name of the size argument; "" where there is none.
+    """
+
+    sizes: str = ""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """Expanded axes are new, and any of their (equal) indices may go."""
+        terms = ax.terms(node.args[0])
+        shape = ax.shape(node)
+        lead = len(shape) - len(terms)
+        out: list[Term] = []
+        for axis, extent in enumerate(shape):
+            term = terms[axis - lead] if axis >= lead else ONE
+            if is_one(term) and not (isinstance(extent, int) and extent == 1):
+                term = ax.fresh(extent)
+            out.append(term)
+        other = argument(node, "other")
+        if isinstance(other, fx.Node):
+            out = [t if is_one(o) else ax.unify(t, o)
+                   for t, o in zip(out, ax.terms(other), strict=True)]
+        return tuple(out)
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """``expand_as`` reads only the shape of its second argument."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        lead = flow.rank(node) - flow.rank(source)
+        unknown = flow.unknown(node)
+        assert isinstance(unknown, tuple)
+        return tuple(
+            value if value is None or axis < lead else flow.value(source, axis - lead) or value
+            for axis, value in enumerate(unknown)
+        )
+
+    def resize(self, node: fx.Node, resize: Resize) -> None:
+        """The new sizes."""
+        if not self.sizes:
+            return
+        sizes: Any = argument(node, self.sizes)
+        new = resize.sizes(node, sizes, resize.terms(node))
+        if new != list(sizes):
+            resize.edit.set_args(node, *with_arguments(node, {self.sizes: new}))
+
+
+class Repeat(Structural):
+    """``repeat``: the copies are an outer factor of their own."""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """``repeat x axis``; the number of copies is fixed."""
+        repeats: Any = argument(node, "repeats")
+        terms = ax.terms(node.args[0])
+        lead = len(repeats) - len(terms)
+        out = []
+        for axis, (count, extent) in enumerate(zip(repeats, ax.shape(node), strict=True)):
+            term = terms[axis - lead] if axis >= lead else ONE
+            if isinstance(count, int) and count == 1:
+                out.append(term)
+            elif isinstance(count, int):
+                copies = ax.fresh(count)
+                ax.pin(copies, "it numbers the copies of a repeat")
+                out.append(ax.solver.product((copies, term)))
+            else:
+                ax.pin(term, "it is repeated a dynamic number of times")
+                out.append(ax.fresh(extent))
+        return tuple(out)
+

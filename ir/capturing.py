@@ -1,0 +1,389 @@
+"""Capturing a module into a Program by ``torch.export``.
+
+Non-strict export first (it runs the module's Python as it is), strict as the second try. The
+result is functional ATen with nothing decomposed: in-place ops are turned into their functional
+twins here where that is plainly safe, and by ``run_decompositions({})`` where it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils import _pytree as pytree
+
+from torchlathe.ir.errors import CaptureError, Error, InputError, UnsupportedError
+from torchlathe.ir.functional import functionalize_in_place, inline_wrapped_regions
+from torchlathe.ir.program import Program, TensorEntry, TensorKind
+from torchlathe.ir.provenance import set_info
+
+__all__ = ["capture", "from_exported"]
+
+log = logging.getLogger("torchlathe")
+
+
+def capture(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Capture a model into a Program, in eval mode, without changing it.
+
+    Args:
+        model: Any module that ``torch.export`` can capture, or an exported program.
+        example_inputs: Positional arguments; a tuple, or one tensor, or a dict of keywords.
+        example_kwargs: Keyword arguments.
+        dynamic_shapes: As ``torch.export.export`` takes them, or ``"auto"``: the first dimension
+            of every tensor input that shares its extent with the first input is the batch and
+            becomes dynamic.
+
+    Returns:
+        The program. Its tensors are the model's own, shared until a pass replaces them.
+
+    Raises:
+        InputError: The model does not run on the example inputs.
+        CaptureError: The model runs, but cannot be captured as one graph.
+    """
+    args, kwargs = _normalise_inputs(example_inputs, example_kwargs)
+    if isinstance(model, ExportedProgram):
+        return from_exported(model, (args, kwargs) if args or kwargs else None)
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}",
+            hint="wrap a function into a module with a forward method",
+        )
+    if dynamic_shapes == "auto":
+        args, kwargs, dynamic_shapes = _mark_batch(args, kwargs)
+    elif isinstance(dynamic_shapes, str):
+        raise InputError(f'dynamic_shapes={dynamic_shapes!r} is not known; the one text is "auto"')
+    _register_containers()
+    with _eval_mode(model):
+        exported = _export(model, args, kwargs, dynamic_shapes)
+    program = from_exported(exported, (args, kwargs), model=model)
+    program.model_name = type(model).__name__
+    return program
+
+
+def from_exported(
+    exported: ExportedProgram,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+) -> Program:
+    """Make a Program of an exported program.
+
+    Args:
+        exported: The result of ``torch.export.export`` or ``torch.export.load``.
+        example_inputs: ``(args, kwargs)``; by default those kept in ``exported``.
+        model: The module it came from; names that share a tensor there are kept as aliases.
+    """
+    graph = exported.graph
+    if not (inline_wrapped_regions(exported.graph_module) and functionalize_in_place(graph)):
+        log.debug("wrapped regions or writes to aliases: flattening by run_decompositions")
+        exported = exported.run_decompositions({})
+        graph = exported.graph
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        names = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        raise UnsupportedError(
+            f"the forward code writes into {', '.join(sorted(names))}",
+            hint="capture in eval mode, or return the new value as an output instead",
+        )
+    inputs = example_inputs or exported.example_inputs or ((), {})
+
+    entries: dict[str, TensorEntry] = {}
+    nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    for spec in signature.input_specs:
+        node = nodes[spec.arg.name]
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(spec.arg, ConstantArgument):
+                node.meta["val"] = spec.arg.value
+            continue
+        if spec.kind not in _KINDS:
+            raise UnsupportedError(f"inputs of kind {spec.kind.name} are not supported")
+        assert spec.target is not None
+        entries[spec.target] = _entry(exported, spec.kind, spec.target, spec.persistent)
+        set_info(node, tensor=spec.target)
+
+    aliases = _merge_tied(graph, nodes, entries, signature.input_specs, model)
+    _drop_metadata_asserts(graph)
+    carried, dropped = _drop_unused(graph, nodes, entries, signature.input_specs, model)
+    name = type(model).__name__ if model is not None else "ExportedProgram"
+    module = fx.GraphModule(torch.nn.Module(), graph, name)
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    _output_flat(graph)
+    return Program(
+        module,
+        entries,
+        in_spec=in_spec,
+        out_spec=out_spec,
+        example_inputs=(tuple(inputs[0]), dict(inputs[1])),
+        aliases={a: n for a, n in aliases.items() if n in entries},
+        carried=carried,
+        dropped=dropped,
+        range_constraints=exported.range_constraints,
+        model_name=name,
+    )
+
+
+_KINDS = {
+    InputKind.PARAMETER: TensorKind.PARAMETER,
+    InputKind.BUFFER: TensorKind.BUFFER,
+    InputKind.CONSTANT_TENSOR: TensorKind.CONSTANT,
+}
+
+
+def _entry(
+    exported: ExportedProgram, kind: InputKind, name: str, persistent: bool | None
+) -> TensorEntry:
+    if name in exported.state_dict:
+        tensor = exported.state_dict[name]
+    else:
+        tensor = exported.constants[name]
+    keep = kind is InputKind.PARAMETER or (kind is InputKind.BUFFER and persistent is not False)
+    return TensorEntry(tensor, _KINDS[kind], keep)
+
+
+def _merge_tied(
+    graph: fx.Graph,
+    nodes: Mapping[str, fx.Node],
+    entries: dict[str, TensorEntry],
+    specs: Sequence[Any],
+    model: torch.nn.Module | None,
+) -> dict[str, str]:
+    """Let names that share one tensor share one placeholder; return alias to kept name."""
+    own = {}
+    if model is not None:
+        own = dict(model.named_parameters(remove_duplicate=False))
+        own.update(model.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    by_name = {s.target: nodes[s.arg.name] for s in specs if s.target is not None}
+    for name in list(entries):
+        key = id(own.get(name, entries[name].tensor))
+        kept = first.setdefault(key, name)
+        if kept != name:
+            by_name[name].replace_all_uses_with(by_name[kept])
+            graph.erase_node(by_name[name])
+            del entries[name]
+            aliases[name] = kept
+    # Export may have left out names that the module has for a tensor it did keep.
+    for name, tensor in own.items():
+        if name not in entries and name not in aliases and id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+    return aliases
+
+
+def _drop_metadata_asserts(graph: fx.Graph) -> None:
+    """Remove the checks that export adds for casts: they compute nothing and pin shapes."""
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    ):
+        graph.erase_node(node)
+
+
+def _drop_unused(
+    graph: fx.Graph,
+    nodes: Mapping[str, fx.Node],
+    entries: dict[str, TensorEntry],
+    specs: Sequence[Any],
+    model: torch.nn.Module | None,
+) -> tuple[dict[str, TensorEntry], list[str]]:
+    """Take out tensors that nothing reads; buffers go on with the state dict."""
+    graph.eliminate_dead_code()
+    carried: dict[str, TensorEntry] = {}
+    dropped: list[str] = []
+    for spec in specs:
+        name = spec.target
+        if name not in entries or nodes[spec.arg.name].users:
+            continue
+        entry = entries.pop(name)
+        graph.erase_node(nodes[spec.arg.name])
+        if entry.kind is TensorKind.BUFFER:
+            carried[name] = entry
+        elif entry.kind is TensorKind.PARAMETER:
+            dropped.append(name)
+    return carried, dropped
+
+
+def _output_flat(graph: fx.Graph) -> None:
+    """Hold the output node to the one form that the rest relies on: a flat tuple."""
+    output = next(iter(reversed(graph.nodes)))
+    assert output.op == "output"
+    output.args = (tuple(output.args[0]),)
+
+
+# -- inputs ----------------------------------------------------------------------------------
+
+
+def _normalise_inputs(
+    example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kwargs = dict(example_kwargs or {})
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), kwargs
+    if isinstance(example_inputs, Mapping):
+        if kwargs:
+            raise InputError("keywords were given twice: in example_inputs and example_kwargs")
+        return (), dict(example_inputs)
+    if not isinstance(example_inputs, tuple | list):
+        raise InputError(
+            f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}",
+            hint="write (x,) for one argument; keywords go into example_kwargs={...}",
+        )
+    return tuple(example_inputs), kwargs
+
+
+def _mark_batch(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, dict[str, Any]] | Any]:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    batch = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), None)
+
+    def marked(x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == batch
+
+    if batch == 1:
+        # Export takes an extent of 1 as a constant, so the batch is captured at 2.
+        leaves = [torch.cat([x, x]) if marked(x) else x for x in leaves]
+        batch = 2
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+    # AUTO lets export fall back to a static dimension where the model fixes it.
+    dynamic = [{0: Dim.AUTO} if marked(x) else None for x in leaves]
+    dynamic_args, dynamic_kwargs = pytree.tree_unflatten(dynamic, spec)
+    if not kwargs:
+        return args, kwargs, dynamic_args
+    if not args:
+        return args, kwargs, dynamic_kwargs
+    # With both, export wants them by parameter name; a flat tuple in call order is the other
+    # form that it takes.
+    return args, kwargs, (*dynamic_args, *dynamic_kwargs.values())
+
+
+# -- export ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _export(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    failures: list[tuple[str, Exception]] = []
+    for strict in (False, True):
+        try:
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict
+            )
+        except Exception as error:
+            failures.append(("strict" if strict else "non-strict", error))
+            if not strict:
+                _check_runs(model, args, kwargs)
+    _, first = failures[0]
+    raise _capture_error(first) from first
+
+
+def _check_runs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell a model that does not run on its inputs from one that cannot be captured."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        shapes = pytree.tree_map(
+            lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs)
+        )
+        raise InputError(
+            f"the model does not run on the example inputs: {type(error).__name__}: "
+            f"{_first_lines(error)}",
+            where=_user_frame(error),
+            hint=f"check shapes and dtypes; given were args={shapes[0]} kwargs={shapes[1]}",
+        ) from error
+
+
+def _capture_error(error: Exception) -> Error:
+    text = str(error)
+    kind = type(error).__name__
+    where = _user_frame(error)
+    if "data-dependent" in text or "DataDependent" in kind or "GuardOnDataDependent" in kind:
+        return CaptureError(
+            "the forward code branches on the values of a tensor, so it is not one graph: "
+            + _first_lines(error),
+            where=where,
+            hint="write the branch with torch.where or torch.cond, or decide it outside of "
+            "forward; a known range can be stated with torch._check",
+        )
+    if "Constraints violated" in text or "ConstraintViolation" in kind:
+        return CaptureError(
+            "the model needs a static dimension that dynamic_shapes marks as dynamic: "
+            + _first_lines(error, 12),
+            where=where,
+            hint="leave that dimension out of dynamic_shapes, or use Dim.AUTO for it",
+        )
+    if "not a known type" in text or "register a pytree" in text:
+        return CaptureError(
+            "an input or output is of a type that torch.export cannot flatten: "
+            + _first_lines(error),
+            where=where,
+            hint="return tensors, tuples, dicts or dataclasses, or register the type with "
+            "torch.utils._pytree.register_pytree_node",
+        )
+    return CaptureError(
+        f"torch.export could not capture the model: {kind}: {_first_lines(error)}",
+        where=where,
+        hint="the place above is the last line of the model's own code that ran",
+    )
+
+
+def _first_lines(error: Exception, count: int = 3) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count])[:600]
+
+
+def _user_frame(error: BaseException) -> str | None:
+    """The deepest frame of the traceback that is in the model's own code."""
+    root = torch.__path__[0]
+    found = None
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        if cause in chain:
+            break
+        chain.append(cause)
+    for link in chain:
+        for frame in traceback.extract_tb(link.__traceback__):
+            own = frame.filename.startswith(root) or frame.filename == __file__
+            if not own and not frame.filename.startswith("<"):
+                found = f"{frame.filename}:{frame.lineno} ({frame.name}): {frame.line}"
+    return found
+
+
+def _register_containers() -> None:
+    """Let export flatten the containers of libraries that are loaded already."""
+    if "transformers.cache_utils" not in sys.modules:
+        return
+    try:
+        from transformers.integrations.executorch import (  # type: ignore[import-untyped]
+            register_dynamic_cache_export_support,
+        )
+
+        register_dynamic_cache_export_support()
+    except (ImportError, ValueError) as error:
+        # A version without it, or types that are registered already.
+        log.debug("transformers' caches are not registered: %s", error)

@@ -1,0 +1,354 @@
+"""Whether a changed program computes what the program before it did.
+
+Both are run node by node on the same inputs, in float64 where the ops take it and memory allows,
+so that a difference means another function and not another order of summation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from torchlathe.ir.errors import InputError, UnsupportedError, VerifyError
+from torchlathe.ir.extents import as_int, example_sizes, expression
+from torchlathe.ir.interpreting import ReplaceTensor, run_flat
+from torchlathe.ir.provenance import describe, info
+
+if TYPE_CHECKING:
+    from torchlathe.ir.program import Program
+
+__all__ = ["Equivalence", "cannot_run", "check_equivalence"]
+
+log = logging.getLogger("torchlathe")
+
+Inputs = tuple[Sequence[Any], Mapping[str, Any]]
+
+# Largest difference, relative to the largest output, that rounding explains when everything is
+# computed in this dtype. float64 leaves 1e-16 per op and grows with depth and the length of sums;
+# a wrong index or divisor is seen at 1e-3 and up. The narrower ones are a few thousand epsilons
+# for float32 and a few tens for the halves, whose error deep networks add up to that.
+_COMPUTED_IN = {
+    torch.float64: 1e-9,
+    torch.float32: 2e-4,
+    torch.float16: 3e-2,
+    torch.bfloat16: 2e-1,
+}
+# The same when only new weights were rounded to this dtype, and all else is float64.
+_STORED_IN = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How far two programs are apart on some inputs.
+
+    Attributes:
+        max_abs_error: Largest absolute difference of any floating output.
+        max_rel_error: Largest difference of a floating output over the largest magnitude in it.
+        passed: Whether the relative error is within the tolerance and all else is equal.
+        tolerance: The relative error that rounding explains.
+        dtype: What was computed in, for instance ``"float64"``.
+        detail: What differs and from which node on, if not passed.
+    """
+
+    max_abs_error: float
+    max_rel_error: float
+    passed: bool
+    tolerance: float
+    dtype: str
+    detail: str | None = None
+
+
+def cannot_run(program: Program) -> str | None:
+    """Why a program cannot be run, if it cannot: its tensors have no values."""
+    leaves = pytree.tree_leaves(program.example_inputs)
+    for tensor in (*(e.tensor for e in program.entries.values()), *leaves):
+        if isinstance(tensor, FakeTensor) or (
+            isinstance(tensor, torch.Tensor) and tensor.device.type == "meta"
+        ):
+            return "it was captured from fake tensors, which have no values"
+    return None
+
+
+def check_equivalence(
+    before: Program,
+    after: Program,
+    *,
+    reference: ReplaceTensor | None = None,
+    inputs: Inputs | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Equivalence:
+    """Compare the outputs of two programs.
+
+    Floating outputs are compared by their largest difference relative to their largest magnitude,
+    all others exactly. Where the ops do not take ``dtype``, or it would not fit in memory, both
+    run in the dtypes that they have, and the tolerance is wider. It is wider too where ``after``
+    has tensors with new values: those were rounded to the dtype that they are stored in.
+
+    Args:
+        before: What is right.
+        after: What is to be checked; takes the same inputs.
+        reference: ``(name, tensor) -> tensor``, applied to the tensors of ``before``.
+        inputs: ``(args, kwargs)``; by default the example inputs of ``before``.
+        dtype: The floating dtype to compute in.
+
+    Raises:
+        UnsupportedError: The programs have no values to compute with.
+        InputError: The inputs do not fit.
+        VerifyError: ``after`` does not run.
+    """
+    if reason := cannot_run(before) or cannot_run(after):
+        raise UnsupportedError(f"the programs cannot be compared: {reason}")
+    args, kwargs = before.example_inputs if inputs is None else inputs
+    flat = before.flatten_inputs(args, kwargs)
+    wide = all(_fits(program, (args, kwargs), dtype) for program in (before, after))
+    if wide:
+        run = _Run(before, after, reference, flat, dtype)
+        try:
+            return run.compare(*run.outputs())
+        except (RuntimeError, TypeError, ValueError, VerifyError) as error:
+            # An op without a kernel for the dtype, or one that fixes the dtype of an input.
+            log.debug("cannot compare in %s: %s", dtype, error)
+    run = _Run(before, after, reference, flat, None)
+    return run.compare(*run.outputs())
+
+
+@dataclass(frozen=True)
+class _Run:
+    before: Program
+    after: Program
+    reference: ReplaceTensor | None
+    flat: Sequence[Any]
+    dtype: torch.dtype | None  # None: the dtypes that the programs have
+
+    def outputs(self, watch: _Watch | None = None) -> tuple[list[Any], list[Any]]:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            # Random ops draw the same numbers on both sides.
+            torch.manual_seed(0)
+            want = run_flat(
+                self.before,
+                self.flat,
+                replace_tensor=self.reference,
+                dtype=self.dtype,
+                observe=watch and watch.first,
+            )
+            torch.manual_seed(0)
+            return want, self._outputs_after(watch)
+
+    def _outputs_after(self, watch: _Watch | None) -> list[Any]:
+        done: list[fx.Node] = []
+
+        def observe(node: fx.Node, value: Any) -> None:
+            done.append(node)
+            if watch is not None:
+                watch.second(node, value)
+
+        try:
+            return run_flat(self.after, self.flat, dtype=self.dtype, observe=observe)
+        except (RuntimeError, TypeError, ValueError) as error:
+            calls = [node for node in self.after.nodes if node.op == "call_function"]
+            raise VerifyError(
+                f"the changed program does not run: {error}",
+                where=describe(calls[len(done)]) if len(done) < len(calls) else None,
+            ) from error
+
+    def compare(self, want: Sequence[Any], got: Sequence[Any]) -> Equivalence:
+        tolerance, name = self._tolerance(want)
+        worst_abs = worst_rel = 0.0
+        detail: str | None = None
+        if len(want) != len(got):
+            detail = f"{len(got)} outputs instead of {len(want)}"
+        for index, (a, b) in enumerate(zip(want, got, strict=False)):
+            absolute, relative, problem = _difference(a, b)
+            worst_abs, worst_rel = max(worst_abs, absolute), max(worst_rel, relative)
+            if problem is None and relative > tolerance:
+                problem = f"differs by {relative:.3g} of its largest value"
+            if problem is not None and detail is None:
+                detail = f"output {index} {problem}"
+        if detail is not None and (place := self._first_difference(tolerance)):
+            detail += f"; the first node that differs is {place}"
+        return Equivalence(worst_abs, worst_rel, detail is None, tolerance, name, detail)
+
+    def _tolerance(self, want: Sequence[Any]) -> tuple[float, str]:
+        if self.dtype is not None:
+            stored = [_STORED_IN.get(d, 1e-2) for d in _new_values(self.before, self.after)]
+            name = str(self.dtype).removeprefix("torch.")
+            return max([_COMPUTED_IN.get(self.dtype, 1e-2), *stored]), name
+        found = {e.tensor.dtype for e in self.before.entries.values()}
+        found |= {x.dtype for x in want if isinstance(x, torch.Tensor)}
+        floating = [d for d in found if d.is_floating_point] or [torch.float32]
+        worst = max(floating, key=lambda d: _COMPUTED_IN.get(d, 0.5))
+        return _COMPUTED_IN.get(worst, 0.5), str(worst).removeprefix("torch.")
+
+    def _first_difference(self, tolerance: float) -> str | None:
+        """The first node, of those that both programs have, whose value is another one."""
+        watch = _Watch(tolerance)
+        self.outputs(watch)
+        return None if watch.found is None else describe(watch.found)
+
+
+class _Watch:
+    """Compares node by node by two numbers of each value, so that no value has to be kept."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.found: fx.Node | None = None
+        self._tolerance = tolerance
+        self._seen: dict[str, tuple[Any, ...]] = {}
+
+    def first(self, node: fx.Node, value: Any) -> None:
+        """Observe a node of the program before."""
+        self._seen[f"{node.name} {node.target}"] = _sketch(value)
+
+    def second(self, node: fx.Node, value: Any) -> None:
+        """Observe a node of the program after; keep the first that differs."""
+        want = self._seen.get(f"{node.name} {node.target}")
+        if self.found is not None or want is None:
+            return
+        got = _sketch(value)
+        # Another shape is no difference: that is what erasing does.
+        if want and got and want[0] == got[0]:
+            scale = max(abs(want[1]), torch.finfo(torch.float64).tiny)
+            if any(
+                abs(a - b) > self._tolerance * scale for a, b in zip(want[1:], got[1:], strict=True)
+            ):
+                self.found = node
+
+
+def _sketch(value: Any) -> tuple[Any, ...]:
+    """Shape, norm, and product with a fixed vector: enough to tell two values apart."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        return ()
+    flat = value.detach().reshape(-1).double()
+    probe = torch.cos(torch.arange(flat.numel(), dtype=torch.float64, device=flat.device))
+    return tuple(value.shape), float(flat.norm()), float(flat @ probe)
+
+
+def _difference(want: Any, got: Any) -> tuple[float, float, str | None]:
+    """Largest absolute and relative difference, and what else is wrong."""
+    if not (isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor)):
+        same = type(want) is type(got) and bool(want == got)
+        return 0.0, 0.0, None if same else f"is {got!r} instead of {want!r}"
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return 0.0, 0.0, f"is {_kind(got)} instead of {_kind(want)}"
+    if not want.numel():
+        return 0.0, 0.0, None
+    if not (want.is_floating_point() or want.is_complex()):
+        count = int((want != got).sum())
+        return 0.0, 0.0, f"differs in {count} of {want.numel()} elements" if count else None
+    # Equal infinities and two NaNs in one place are equal.
+    same = (want == got) | (want.isnan() & got.isnan())
+    if want.is_floating_point():  # a difference of halves would be rounded again
+        want, got = want.double(), got.double()
+    gap = torch.where(same, 0.0, (want - got).abs())
+    absolute = float(gap.nan_to_num(nan=torch.inf).max())
+    if absolute == 0.0:
+        return 0.0, 0.0, None
+    finite = want.abs().nan_to_num(nan=0.0, posinf=0.0)
+    scale = max(float(finite.max()), torch.finfo(torch.float32).tiny)
+    return absolute, absolute / scale, None
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+# -- tensors with new values ---------------------------------------------------------------------
+
+
+def _new_values(before: Program, after: Program) -> Iterator[torch.dtype]:
+    """Dtypes of the floating tensors of ``after`` that are no selection of one of ``before``."""
+    for name, entry in after.entries.items():
+        old = before.entries.get(name)
+        new = entry.tensor
+        if not new.is_floating_point() or (old is not None and old.tensor is new):
+            continue
+        if old is None or not _is_selection(old.tensor, new, name, before, after):
+            yield new.dtype
+
+
+def _is_selection(
+    old: torch.Tensor, new: torch.Tensor, name: str, before: Program, after: Program
+) -> bool:
+    """Whether a tensor is what is left of the old one at the indices that were kept."""
+    earlier = before.kept.get(name, {})
+    with torch.no_grad():
+        for axis, indices in after.kept.get(name, {}).items():
+            if axis in earlier:
+                indices = torch.searchsorted(earlier[axis], indices)
+            if indices.numel() != old.shape[axis]:
+                old = old.index_select(axis, indices.to(old.device))
+        return old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def _fits(program: Program, inputs: Inputs, dtype: torch.dtype) -> bool:
+    """Whether a run in this dtype fits into what memory is free."""
+    available = _available(program)
+    # Half of it, since ops need scratch space and others may use the machine as well.
+    return available is None or _peak(program, inputs, dtype) <= available // 2
+
+
+def _peak(program: Program, inputs: Inputs, dtype: torch.dtype) -> int:
+    """Bytes of the largest set of values that are alive at once, each made at its first use."""
+    sizes = example_sizes(program, inputs)
+    first: dict[fx.Node, int] = {}
+    last: dict[fx.Node, int] = {}
+    for index, node in enumerate(program.nodes):
+        if info(node).tensor is None:
+            first.setdefault(node, index)
+        for used in node.all_input_nodes:
+            first.setdefault(used, index)
+            last[used] = index
+    change: dict[int, int] = {}
+    for node, start in first.items():
+        amount = _bytes(node.meta.get("val"), sizes, dtype)
+        end = last.get(node, start) + 1
+        change[start] = change.get(start, 0) + amount
+        change[end] = change.get(end, 0) - amount
+    alive = peak = 0
+    for index in sorted(change):
+        alive += change[index]
+        peak = max(peak, alive)
+    return peak
+
+
+def _bytes(value: Any, sizes: Mapping[Any, int], dtype: torch.dtype) -> int:
+    if isinstance(value, list | tuple):
+        return sum(_bytes(item, sizes, dtype) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    item = dtype.itemsize if value.is_floating_point() else value.dtype.itemsize
+    try:
+        for extent in value.shape:
+            item *= as_int(expression(extent), sizes)
+    except InputError:
+        return 0  # an extent that the data decides
+    return item
+
+
+def _available(program: Program) -> int | None:
+    """Free bytes on the device that the program's tensors are on; None if nobody tells."""
+    device = next((e.tensor.device for e in program.entries.values()), torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,214 @@
+"""Flattening wrapped regions, and turning in-place ops into functional ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["drop_statistics_updates", "functionalize_in_place", "inline_wrapped_regions"]
+
+# Ops that may return their input, or a view of it, without saying so in the schema.
+_MAY_ALIAS = frozenset(
+    f"aten::{name}"
+    for name in """
+    alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors contiguous dropout einsum
+    expand_as feature_alpha_dropout feature_dropout flatten float half meshgrid pixel_shuffle
+    pixel_unshuffle reshape reshape_as to type_as view_as
+    """.split()
+)
+
+
+class _Aliases:
+    """Sets of nodes that share, or may share, storage; found in execution order."""
+
+    def __init__(self) -> None:
+        self._set_of: dict[fx.Node, list[fx.Node]] = {}
+        self._owner: dict[int, fx.Node] = {}
+
+    def add(self, node: fx.Node) -> None:
+        """Put a node to those that it aliases by its schema or by the storage of its value."""
+        self._set_of[node] = [node]
+        for other in _aliased_inputs(node):
+            self._merge(node, other)
+        for storage in _storages(node):
+            self._merge(node, self._owner.setdefault(storage, node))
+
+    def of(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that may share storage with this one, itself included."""
+        return self._set_of[node]
+
+    def detach(self, node: fx.Node) -> None:
+        """Declare a node's value new: from here on its storage is no one else's."""
+        self._set_of[node].remove(node)
+        self._set_of[node] = [node]
+        for storage in _storages(node):
+            self._owner[storage] = node
+
+    def _merge(self, a: fx.Node, b: fx.Node) -> None:
+        first, second = self._set_of[a], self._set_of[b]
+        if first is second:
+            return
+        second.extend(first)
+        for node in first:
+            self._set_of[node] = second
+
+
+def functionalize_in_place(graph: fx.Graph) -> bool:
+    """Replace in-place ops by their functional twins; False if some could not be replaced.
+
+    ``relu_(x)`` becomes ``relu(x)`` and later readers of ``x`` read the result, which is right
+    only if nothing else can see the write: ``x`` is neither an input nor a parameter, and no
+    other view of its storage is read afterwards.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    aliases = _Aliases()
+    complete = True
+    for node in list(graph.nodes):
+        aliases.add(node)
+        if not _mutates(node):
+            continue
+        target = node.args[0] if node.args else None
+        functional = _functional_twin(node)
+        if (
+            not isinstance(target, fx.Node)
+            or functional is None
+            or any(
+                other.op == "placeholder"
+                or (
+                    other not in (target, node)
+                    and any(order[user] > order[node] for user in other.users)
+                )
+                for other in aliases.of(target)
+            )
+        ):
+            complete = False
+            continue
+        node.target = functional
+        late = [user for user in target.users if order[user] > order[node]]
+        for user in late:
+            user.replace_input_with(target, node)
+        aliases.detach(node)
+    return complete
+
+
+def drop_statistics_updates(graph: fx.Graph) -> None:
+    """Take the running statistics from norms that use the batch's own.
+
+    Such a norm reads nothing from them; it would only write to them, which its schema hides.
+    """
+    for target in (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            x, weight, bias, _, _, uses_input, *rest = node.args
+            if uses_input:
+                node.args = (x, weight, bias, None, None, uses_input, *rest)
+
+
+def _schema(node: fx.Node) -> torch._C.FunctionSchema | None:
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema
+    return None
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable
+
+
+def _aliased_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose storage the node's result shares, or may share."""
+    if node.op != "call_function":
+        return []
+    schema = _schema(node)
+    if schema is None or schema.name in _MAY_ALIAS:
+        # Without a schema: getitem of a split or an unbind.
+        return node.all_input_nodes
+    if any(ret.alias_info is not None for ret in schema.returns):
+        return [a for a in node.args[:1] if isinstance(a, fx.Node)]
+    return []
+
+
+def _storages(node: fx.Node) -> list[int]:
+    """Storages of the node's fake value; views share theirs, as the real tensors would."""
+    if node.op == "output":
+        return []
+    values = node.meta.get("val")
+    values = values if isinstance(values, list | tuple) else [values]
+    return [
+        value.untyped_storage()._cdata
+        for value in values
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided
+    ]
+
+
+def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
+    """``aten.relu.default`` for ``aten.relu_.default``; None where there is no exact twin."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    namespace, name = target._schema.name.split("::")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    overload = getattr(packet, target._overloadname, None) if packet is not None else None
+    if not isinstance(overload, torch._ops.OpOverload) or overload._schema.is_mutable:
+        return None
+    same = [a.name for a in overload._schema.arguments] == [
+        a.name for a in target._schema.arguments
+    ]
+    return overload if same and _keeps_dtype(node, overload) else None
+
+
+def _keeps_dtype(node: fx.Node, functional: torch._ops.OpOverload) -> bool:
+    """Whether the twin gives what the in-place op leaves behind: ``half.add_(float)`` is half."""
+    written = node.args[0]
+    if not isinstance(written, fx.Node) or not isinstance(written.meta.get("val"), FakeTensor):
+        return False
+    value = written.meta["val"]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    with value.fake_mode, torch.no_grad():
+        result = functional(*args, **kwargs)
+    return (
+        isinstance(result, torch.Tensor)
+        and result.dtype == value.dtype
+        and result.dim() == node.meta["val"].dim()
+    )
+
+
+def inline_wrapped_regions(graph_module: fx.GraphModule) -> bool:
+    """Inline regions that export wraps for ``no_grad`` and for disabled autocast.
+
+    Neither changes a value. Returns False if a submodule is left, for instance of ``torch.cond``
+    or of enabled autocast.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            _, body, *operands = node.args
+        elif node.target is torch.ops.higher_order.wrap_with_autocast:
+            _, _, enabled, _, body, *operands = node.args
+            if enabled:
+                continue
+        else:
+            continue
+        assert isinstance(body, fx.Node) and isinstance(body.target, str)
+        _inline(graph, node, graph_module.get_submodule(body.target).graph, operands)
+        graph.erase_node(node)
+        if not body.users:
+            graph.erase_node(body)
+    return not graph.find_nodes(op="get_attr")
+
+
+def _inline(graph: fx.Graph, call: fx.Node, body: fx.Graph, operands: list[fx.Node]) -> None:
+    mapping: dict[fx.Node, fx.Node] = dict(
+        zip(body.find_nodes(op="placeholder"), operands, strict=True)
+    )
+    with graph.inserting_before(call):
+        results = graph.graph_copy(body, mapping)
+    results = results if isinstance(results, list | tuple) else (results,)
+    for getitem in list(call.users):
+        index = getitem.args[1]
+        assert isinstance(index, int)
+        getitem.replace_all_uses_with(results[index])
+        graph.erase_node(getitem)

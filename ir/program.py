@@ -1,0 +1,316 @@
+"""The Program: one captured FX graph, its tensors, and what was done to it."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from torchlathe.ir.analysis import Analysis
+from torchlathe.ir.provenance import info
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from torchlathe.ir.cost import ProgramCost
+    from torchlathe.ir.edit import Edit
+
+__all__ = ["Program", "TensorEntry", "TensorKind"]
+
+R = TypeVar("R")
+
+
+class TensorKind(enum.Enum):
+    """What a lifted tensor is to the model."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor that the graph reads, under the name that it had in the model.
+
+    Attributes:
+        tensor: The value. Shared with the caller's model until a pass replaces it; never written
+            to in place.
+        kind: Parameter, buffer or constant (a tensor literal of the forward code).
+        persistent: Whether the tensor is part of the state dict.
+    """
+
+    tensor: torch.Tensor
+    kind: TensorKind
+    persistent: bool = True
+
+
+class Program:
+    """A model as one flat FX graph in functional ATen, with its tensors beside it.
+
+    The graph is in lifted form: its placeholders are first the tensors (``info(node).tensor``
+    names the entry), then the flattened inputs in the order of the original signature. Each node
+    has ``meta["val"]`` (fake tensors with symbolic shapes). Passes change a program only
+    through `edit`; everything else here reads.
+
+    Attributes:
+        graph_module: The FX graph module; a pass author reads it as any other FX graph.
+        entries: Tensors by name; tied names appear once, see ``aliases``.
+        aliases: Further names of a tied tensor, to the name that ``entries`` has.
+        carried: Buffers that the forward code never reads but that the state dict has.
+        dropped: Names of parameters that the forward code never reads.
+        in_spec: Pytree spec of ``(args, kwargs)``.
+        out_spec: Pytree spec of the outputs.
+        example_inputs: The ``(args, kwargs)`` that the program was captured with.
+        range_constraints: Allowed ranges of symbolic dimensions.
+        kept: Per tensor and axis, the original indices that are left (absent: all).
+        zeroed: Per tensor and axis, the original indices whose slices an equal full-size model
+            has at zero.
+        history: One record per pass that ran (JSON-able dataclasses, made by the pass manager).
+        model_name: Class name of the captured module.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        entries: Mapping[str, TensorEntry],
+        *,
+        in_spec: pytree.TreeSpec,
+        out_spec: pytree.TreeSpec,
+        example_inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        aliases: Mapping[str, str] | None = None,
+        carried: Mapping[str, TensorEntry] | None = None,
+        dropped: Sequence[str] = (),
+        range_constraints: Mapping[Any, Any] | None = None,
+        model_name: str = "Model",
+    ) -> None:
+        self.graph_module = graph_module
+        self.entries = dict(entries)
+        self.aliases = dict(aliases or {})
+        self.carried = dict(carried or {})
+        self.dropped = tuple(dropped)
+        self.in_spec = in_spec
+        self.out_spec = out_spec
+        self.example_inputs = example_inputs
+        self.range_constraints = dict(range_constraints or {})
+        self.kept: dict[str, dict[int, torch.Tensor]] = {}
+        self.zeroed: dict[str, dict[int, torch.Tensor]] = {}
+        self.history: list[Any] = []
+        self.model_name = model_name
+        self.version = 0
+        self._analyses: dict[Analysis[Any], tuple[int, Any]] = {}
+        self._editing = False
+
+    # -- reading ---------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph."""
+        return self.graph_module.graph
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes in execution order."""
+        return iter(self.graph.nodes)
+
+    @property
+    def tensor_nodes(self) -> dict[str, fx.Node]:
+        """Placeholders of the tensors, by tensor name."""
+        found = {}
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            if (name := info(node).tensor) is not None:
+                found[name] = node
+        return found
+
+    @property
+    def input_nodes(self) -> list[fx.Node]:
+        """Placeholders of the flattened user inputs, in order."""
+        return [n for n in self.graph.find_nodes(op="placeholder") if info(n).tensor is None]
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The one output node; ``args[0]`` holds the flattened outputs."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        """The fake tensor mode of the metadata, with the shape environment of the capture."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+                mode: FakeTensorMode = value.fake_mode
+                return mode
+        raise AssertionError("a program without any fake tensor")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of this name; tied names lead to the one tensor that they share."""
+        return self.entries[self.aliases.get(name, name)].tensor
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Parameters by name, each tied one once."""
+        return {
+            name: entry.tensor
+            for name, entry in self.entries.items()
+            if entry.kind is TensorKind.PARAMETER
+        }
+
+    def analysis(self, wanted: Analysis[R] | type[Analysis[R]]) -> R:
+        """Return an analysis' result, computing it unless it is cached and still valid."""
+        key = wanted() if isinstance(wanted, type) else wanted
+        cached = self._analyses.get(key)
+        if cached is not None and cached[0] == self.version:
+            result: R = cached[1]
+            return result
+        result = key.compute(self)
+        self._analyses[key] = (self.version, result)
+        return result
+
+    def cached_analyses(self) -> dict[Analysis[Any], Any]:
+        """The results that are valid for the program as it is now."""
+        return {k: r for k, (v, r) in self._analyses.items() if v == self.version}
+
+    def adopt_analyses(self, results: Mapping[Analysis[Any], Any]) -> None:
+        """Declare results that were computed for an earlier version valid for this one."""
+        for key, result in results.items():
+            self._analyses[key] = (self.version, result)
+
+    def cost(self) -> ProgramCost:
+        """Parameters, bytes and FLOPs per node and in total (`torchlathe.ir.cost`)."""
+        from torchlathe.ir.cost import Cost
+
+        return self.analysis(Cost)
+
+    def to_text(self, *, axis_terms: bool = False) -> str:
+        """The program as deterministic text, with shapes and dtypes (and axis terms)."""
+        from torchlathe.ir.printing import program_text
+
+        return program_text(self, axis_terms=axis_terms)
+
+    def fingerprint(self) -> str:
+        """A hash that changes whenever the graph, or which tensors it reads, changes."""
+        digest = hashlib.sha256()
+        for node in self.graph.nodes:
+            digest.update(f"{node.name}|{node.op}|{node.target}|{node.args}|{node.kwargs}".encode())
+        for name, entry in self.entries.items():
+            version = 0 if entry.tensor.is_inference() else entry.tensor._version
+            digest.update(f"{name}|{id(entry.tensor)}|{version}".encode())
+        return digest.hexdigest()
+
+    # -- running ---------------------------------------------------------------------------
+
+    def flatten_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Flatten call arguments to the order of ``input_nodes``, and check them.
+
+        Raises:
+            InputError: Another structure, dtype, rank or static extent than was captured, or a
+                changed non-tensor argument.
+        """
+        from torchlathe.ir.inputs import flatten_inputs
+
+        return flatten_inputs(self, args, kwargs)
+
+    def unflatten_outputs(self, outputs: Sequence[Any]) -> Any:
+        """Put flat outputs back into the structure that the model returns."""
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+    def run(
+        self,
+        *args: Any,
+        replace_tensor: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the graph node by node (slow; for checking).
+
+        Args:
+            *args: As the model takes them.
+            replace_tensor: Called with each tensor's name and value at its use; for instance to
+                zero slices without copying the model.
+            dtype: Compute in this floating dtype; tensors are converted one at a time.
+            **kwargs: As the model takes them.
+        """
+        from torchlathe.ir.interpreting import run_flat
+
+        flat = self.flatten_inputs(args, kwargs)
+        outputs = run_flat(self, flat, replace_tensor=replace_tensor, dtype=dtype)
+        return self.unflatten_outputs(outputs)
+
+    # -- changing --------------------------------------------------------------------------
+
+    @contextmanager
+    def edit(self, by: str = "") -> Iterator[Edit]:
+        """The only way to change a program; see `torchlathe.ir.edit.Edit`.
+
+        On leaving, dead code and dead tensors go, metadata is recomputed and the program gets a
+        new version. An exception inside leaves the program as it was.
+
+        Args:
+            by: Text form of the pass that edits, kept as provenance of new nodes.
+        """
+        from torchlathe.ir.edit import Edit
+
+        if self._editing:
+            raise AssertionError("a program can be edited by one edit at a time")
+        before = self.copy()
+        self._editing = True
+        edit = Edit(self, by)
+        try:
+            yield edit
+            edit.finish()
+        except BaseException:
+            self.restore(before)
+            raise
+        finally:
+            self._editing = False
+
+    def copy(self) -> Program:
+        """A copy with its own graph; tensors are shared, since nobody writes to them."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(self.graph, mapping)
+        graph.output(result).meta.update(self.output_node.meta)
+        other = Program(
+            fx.GraphModule(torch.nn.Module(), graph, type(self.graph_module).__name__),
+            self.entries,
+            in_spec=self.in_spec,
+            out_spec=self.out_spec,
+            example_inputs=self.example_inputs,
+            aliases=self.aliases,
+            carried=self.carried,
+            dropped=self.dropped,
+            range_constraints=self.range_constraints,
+            model_name=self.model_name,
+        )
+        other.kept = {name: dict(axes) for name, axes in self.kept.items()}
+        other.zeroed = {name: dict(axes) for name, axes in self.zeroed.items()}
+        other.history = list(self.history)
+        other.version = self.version
+        return other
+
+    def restore(self, other: Program) -> None:
+        """Become what ``other`` is; used to roll back."""
+        self.graph_module = other.graph_module
+        self.entries = dict(other.entries)
+        self.aliases = dict(other.aliases)
+        self.carried = dict(other.carried)
+        self.dropped = other.dropped
+        self.kept = {name: dict(axes) for name, axes in other.kept.items()}
+        self.zeroed = {name: dict(axes) for name, axes in other.zeroed.items()}
+        self.history = list(other.history)
+        # Results of analyses hold nodes, and the nodes of a copy are other objects.
+        self._analyses = {}
+        self.version += 1
+
+    def __repr__(self) -> str:
+        nodes = sum(1 for n in self.graph.nodes if n.op == "call_function")
+        count = sum(t.numel() for t in self.parameters.values())
+        return f"<Program of {self.model_name}: {nodes} ops, {count:,} parameters>"

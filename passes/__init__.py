@@ -1,0 +1,84 @@
+"""Passes and the manager that runs them.
+
+What passes are made of is here at once; each pass itself is imported when it is first used.
+"""
+
+if __name__ != "torchlathe.passes":
+    raise ImportError("import torchlathe.passes, not passes")
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from torchlathe.passes.base import (
+    AnalysisPass,
+    Diagnostic,
+    Exactness,
+    Fact,
+    Pass,
+    PassContext,
+    PassRecord,
+    PassResult,
+    RewritePass,
+    TunePass,
+)
+from torchlathe.passes.instruments import (
+    DumpIR,
+    Instrument,
+    PrintIR,
+    Statistics,
+    StopAfter,
+    Timing,
+)
+from torchlathe.passes.manager import PassLike, PassManager
+from torchlathe.passes.options import Option, options_of
+from torchlathe.passes.registry import TABLE, all_passes, get_pass, load_plugin, pass_names
+from torchlathe.passes.spec import parse_pipeline, pipeline_text
+
+if TYPE_CHECKING:
+    from torchlathe.passes.analysis.families import ZeroInvariantGroups
+    from torchlathe.passes.rewrite.structured_erase import StructuredErase
+
+__all__ = [
+    "AnalysisPass",
+    "Diagnostic",
+    "DumpIR",
+    "Exactness",
+    "Fact",
+    "Instrument",
+    "Option",
+    "Pass",
+    "PassContext",
+    "PassLike",
+    "PassManager",
+    "PassRecord",
+    "PassResult",
+    "PrintIR",
+    "RewritePass",
+    "Statistics",
+    "StopAfter",
+    "StructuredErase",
+    "Timing",
+    "TunePass",
+    "ZeroInvariantGroups",
+    "all_passes",
+    "get_pass",
+    "load_plugin",
+    "options_of",
+    "parse_pipeline",
+    "pass_names",
+    "pipeline_text",
+]
+
+_HOME = {target.partition(":")[2]: target.partition(":")[0] for target in TABLE.values()}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        value: object = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'torchlathe.passes' has no attribute {name!r}", name=name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,315 @@
+"""What a pass is: options, promises, and what running it gives."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import fx
+
+from torchlathe.ir import (
+    Analysis,
+    OptionError,
+    PreconditionError,
+    Program,
+    describe,
+    module_path,
+    source_line,
+)
+from torchlathe.ir.interpreting import ReplaceTensor
+from torchlathe.passes.options import MismatchError, conform, options_of, text_of
+
+__all__ = [
+    "AnalysisPass",
+    "Diagnostic",
+    "Exactness",
+    "Fact",
+    "Pass",
+    "PassContext",
+    "PassRecord",
+    "PassResult",
+    "RewritePass",
+    "TunePass",
+]
+
+R = TypeVar("R")
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Exactness(enum.Enum):
+    """What a rewrite promises about the outputs of the program."""
+
+    EXACT = "exact"  # as before, with the tensors that `PassResult.reference` gives
+    APPROXIMATE = "approximate"  # near what they were; the error is measured and reported
+    TRAINED = "trained"  # the pass optimises its own objective
+
+
+class Fact(ABC):
+    """Something that is true of a program or not, and that passes rely on or bring about."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, program: Program) -> bool:
+        """Whether the fact is true of this program."""
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One step of a pipeline. A subclass is a frozen dataclass whose fields are its options.
+
+    A program given to a pass satisfies `torchlathe.ir.verifying.verify`, and so does the program
+    that it leaves; in between anything goes.
+
+    Attributes:
+        name: How text pipelines and messages call the pass: lower case, with dashes.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Hold the options to their types; a subclass that checks more calls this first.
+
+        Raises:
+            OptionError: A value is not of its option's type.
+        """
+        for option in options_of(type(self)):
+            try:
+                value = conform(getattr(self, option.name), option.type)
+            except MismatchError as mismatch:
+                found = mismatch.value
+                raise OptionError(
+                    f"{option.name} of {self.name}: expected {mismatch.wanted}, "
+                    f"got {found!r} of type {type(found).__name__}"
+                ) from None
+            object.__setattr__(self, option.name, value)
+
+    def spec(self) -> str:
+        """The pass as text: its name, and the options that are not at their defaults."""
+        texts = []
+        for option in options_of(type(self)):
+            text = text_of(getattr(self, option.name), option.type)
+            if option.required or text != option.default_text:
+                texts.append(f"{option.key}={text}")
+        return f"{self.name}{{{','.join(texts)}}}" if texts else self.name
+
+    def __str__(self) -> str:
+        return self.spec()
+
+
+@dataclass(frozen=True)
+class AnalysisPass(Pass, Analysis[R], Generic[R]):
+    """An analysis that can also stand in a pipeline, where its statistics are recorded."""
+
+    def statistics(self, result: R) -> dict[str, int | float | str]:
+        """Numbers of a result that are worth a line in the report."""
+        return {}
+
+
+@dataclass(frozen=True)
+class RewritePass(Pass):
+    """A pass that changes the program, and says beforehand how.
+
+    Attributes:
+        requires: Analyses that it reads; computed before it runs.
+        preserves: Analyses whose results are still right for the changed program.
+        needs: Facts that must hold before it.
+        provides: Facts that hold after it.
+        breaks: Facts that may not hold any more after it.
+        exactness: What it promises about the outputs; a result may say otherwise for its run.
+    """
+
+    requires: ClassVar[tuple[type[Analysis[Any]], ...]] = ()
+    preserves: ClassVar[frozenset[type[Analysis[Any]]]] = frozenset()
+    needs: ClassVar[tuple[type[Fact], ...]] = ()
+    provides: ClassVar[tuple[type[Fact], ...]] = ()
+    breaks: ClassVar[tuple[type[Fact], ...]] = ()
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+
+    def check(self, program: Program, ctx: PassContext) -> None:
+        """Refuse what is known to be impossible before any pass of the pipeline runs.
+
+        Args:
+            program: The program as the pipeline was given it.
+            ctx: As `run` gets it.
+
+        Raises:
+            Error: Of the kind that fits, for instance PreconditionError without calibration data.
+        """
+
+    @abstractmethod
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        """Change the program through ``program.edit()``, and say what was done."""
+
+
+@dataclass(frozen=True)
+class TunePass(RewritePass):
+    """A rewrite that trains."""
+
+    exactness: ClassVar[Exactness] = Exactness.TRAINED
+
+
+@dataclass
+class PassContext:
+    """What a pass is given besides the program.
+
+    Attributes:
+        program: The program that the pass runs on.
+        spec: Text form of the pass; ``program.edit(by=ctx.spec)`` keeps it as provenance.
+        calibration: Batches of data, if the user gave any; can be iterated more than once.
+        loss: ``(outputs, batch) -> scalar``, if the user gave one.
+        seed: Seed of everything random. The manager seeds torch with it before each pass.
+        progress: Called with one line of text about what is being done; None for silence.
+        computed: Names of the analyses that `analysis` had to compute.
+        reused: Names of the analyses that `analysis` found in the cache.
+    """
+
+    program: Program
+    spec: str = ""
+    calibration: Iterable[Any] | None = None
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    seed: int = 0
+    progress: Callable[[str], object] | None = None
+    computed: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+
+    def analysis(self, wanted: Analysis[R] | type[Analysis[R]]) -> R:
+        """An analysis' result for the program as it is now, from the cache where it is valid."""
+        key = wanted() if isinstance(wanted, type) else wanted
+        found = self.reused if key in self.program.cached_analyses() else self.computed
+        if key.name not in (*self.reused, *self.computed):
+            found.append(key.name)
+        return self.program.analysis(key)
+
+    def inputs(self) -> Iterator[Inputs]:
+        """``(args, kwargs)`` of each calibration batch, or the example inputs if there is none.
+
+        A batch is one tensor, a mapping of keyword arguments, or a sequence of positional ones;
+        what a sequence has beyond the positional arguments of the program (labels) is left out.
+        """
+        if self.calibration is None:
+            yield self.program.example_inputs
+            return
+        count = len(self.program.example_inputs[0])
+        for batch in self.calibration:
+            if isinstance(batch, Mapping):
+                yield (), dict(batch)
+            elif isinstance(batch, list | tuple):
+                yield tuple(batch[:count]), {}
+            else:
+                yield (batch,), {}
+
+    def need(self, what: Literal["calibration", "loss"], why: str) -> None:
+        """Refuse to go on without data that the user has to give.
+
+        Raises:
+            PreconditionError: It was not given.
+        """
+        if getattr(self, what) is None:
+            raise PreconditionError(
+                f"{self.spec} needs {what}: {why}",
+                hint=f"give {what}= to compile() or to PassManager.run()",
+            )
+
+    def report(self, text: str) -> None:
+        """Tell the user what is being done, if anyone listens."""
+        if self.progress is not None:
+            self.progress(text)
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """Something that a pass tells the user.
+
+    Attributes:
+        severity: ``"note"`` or ``"warning"``.
+        message: One sentence.
+        name: The node or tensor that it is about.
+        where: Module path and source line.
+    """
+
+    severity: Literal["note", "warning"]
+    message: str
+    name: str | None = None
+    where: str | None = None
+
+    @classmethod
+    def at(
+        cls, node: fx.Node, message: str, severity: Literal["note", "warning"] = "note"
+    ) -> Diagnostic:
+        """A diagnostic about a node."""
+        places = (module_path(node), source_line(node))
+        where = " at ".join(place for place in places if place)
+        return cls(severity, message, node.name, where or describe(node))
+
+
+@dataclass
+class PassResult:
+    """What running a rewrite did.
+
+    Attributes:
+        changed: Whether the program is another one now.
+        statistics: Numbers worth a line in the report.
+        diagnostics: What to tell the user.
+        reference: Gives ``(name, tensor) -> tensor`` for the tensors of the program *before* the
+            pass, such that the changed program equals it; None if it equals it as it was.
+        exactness: What holds for this run, where that is not what the class says.
+    """
+
+    changed: bool
+    statistics: dict[str, int | float | str] = field(default_factory=dict)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    reference: ReplaceTensor | None = None
+    exactness: Exactness | None = None
+
+
+@dataclass
+class PassRecord:
+    """What is kept of one pass in ``program.history``; made of JSON types only.
+
+    Attributes:
+        spec: Text form of the pass.
+        seconds: Time of the pass itself, without verifying.
+        changed: Whether it changed the program.
+        exactness: ``"exact"``, ``"approximate"``, ``"trained"``, or ``"analysis"``.
+        nodes_before: Number of calls in the graph.
+        parameters_before: Number of elements of all parameters; tied ones count once.
+        bytes_before: Size of all tensors of the program, in bytes.
+        flops_before: FLOPs at the sizes of the example inputs; None if they are not known.
+        nodes_after: As before, after the pass; likewise the other three.
+        statistics: What the pass counted.
+        diagnostics: What the pass told the user.
+        analyses: Names of the analyses that were ``computed``, ``reused`` and ``dropped``. Only
+            those asked for through `PassContext.analysis` and ``requires`` are seen.
+        verification: Level, errors, tolerance, dtype, whether it passed, and the seconds that it
+            took; None if the outputs were not compared.
+        peak_memory: Bytes by which the peak resident memory of the process rose during the pass;
+            0 if it stayed below an earlier peak, None where the system does not tell.
+    """
+
+    spec: str
+    seconds: float
+    changed: bool
+    exactness: str
+    nodes_before: int
+    nodes_after: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_before: float | None
+    flops_after: float | None
+    statistics: dict[str, int | float | str] = field(default_factory=dict)
+    diagnostics: list[dict[str, str | None]] = field(default_factory=list)
+    analyses: dict[str, list[str]] = field(default_factory=dict)
+    verification: dict[str, Any] | None = None
+    peak_memory: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that ``json.dumps`` takes."""
+        return asdict(self)

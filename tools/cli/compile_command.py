@@ -1,0 +1,204 @@
+"""``torchlathe compile``: run a pipeline on a model, and keep what comes out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchlathe.tools.cli.parsing import Parser, UsageError
+
+if TYPE_CHECKING:
+    from torchlathe.backends import CompiledModel
+    from torchlathe.passes import Instrument, Pass
+    from torchlathe.tools.report import Report
+
+__all__ = ["add_model_arguments", "add_parser", "run"]
+
+MODELS = """\
+MODEL is one of
+  package.module:function, path/to/file.py:function   the function returns a module, or
+                       (module, example_inputs), or (module, args, kwargs)
+  model.pt2            saved by torch.export.save
+  model.tl             saved by torchlathe
+  folder, config.json  of transformers; without weights they are random
+"""
+
+_EPILOG = f"""\
+{MODELS}
+examples:
+  torchlathe compile model.py:make --passes "structured-erase{{sparsity=0.5}}" -o small.tl
+  torchlathe compile my_package.nets:resnet --inputs "float32[batch=2,3,224,224]" \\
+      --passes "structured-erase{{sparsity=0.3,round-to=8}}" --report small.html
+  torchlathe compile path/to/bert --passes @pipeline.txt --backend inductor --json
+"""
+
+
+def add_parser(commands: Any, common: Parser) -> None:
+    """Add the command to the parser of the command line."""
+    parser: Parser = commands.add_parser(
+        "compile",
+        parents=[common],
+        help="run a pipeline on a model, and keep what comes out",
+        description="Run a pipeline of passes on a model, report what that did, and save it.",
+        epilog=_EPILOG,
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "-p",
+        "--passes",
+        default="",
+        metavar="PIPELINE",
+        help='as in "structured-erase{sparsity=0.5},other-pass"; @FILE reads it from a file',
+    )
+    parser.add_argument(
+        "--backend", default="eager", metavar="NAME", help="eager (default) or inductor"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="save the compiled model (.tl)")
+    parser.add_argument("--report", metavar="FILE", help="write the report as a page, or as .json")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--verify",
+        choices=("off", "fast", "full"),
+        default="fast",
+        metavar="LEVEL",
+        help="off, fast (default) or full: how much is checked after each pass",
+    )
+    parser.add_argument(
+        "--no-latency", action="store_true", help="do not spend time on measuring latency"
+    )
+    parser.add_argument(
+        "--print-ir-after",
+        metavar="PASSES",
+        help="print the program after these passes (all, or names with commas)",
+    )
+    parser.add_argument("--dump-ir", metavar="DIR", help="write the program after each pass there")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """What every command takes that works on a model."""
+    parser.add_argument("model", metavar="MODEL", help="which model; see below")
+    parser.add_argument(
+        "--inputs",
+        metavar="SPEC",
+        help='example inputs, as in "float32[batch=2,3,224,224]" or '
+        '"input_ids=int64[2,16]<1000,attention_mask=int64[2,16]"; named dimensions are dynamic',
+    )
+    parser.add_argument(
+        "--dynamic",
+        choices=("auto", "none"),
+        metavar="HOW",
+        help="auto: the batch is dynamic; none: all dimensions are as in the example",
+    )
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take passes and op rules from this Python file",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all that is random (default 0)"
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Compile, save and report."""
+    text = _pipeline_text(parsed.passes)
+    for path in (parsed.output, parsed.report):
+        _check_writable(path)
+    # Before the model, which takes time to load: a misspelt option is found at once.
+    from torchlathe.backends import get_backend
+    from torchlathe.passes import load_plugin, parse_pipeline
+
+    for plugin in parsed.plugin:
+        load_plugin(plugin)
+    passes = parse_pipeline(text)
+    get_backend(parsed.backend)
+    compiled = _compile(parsed, passes)
+    report: Report = compiled.report
+    if parsed.output:
+        compiled.save(parsed.output)
+    if parsed.report:
+        write_report(report, Path(parsed.report))
+    if parsed.json:
+        print(report.to_json(), end="")
+    else:
+        report.print()
+        _say_written(parsed)
+    return 0
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write a report as JSON or as a page, by the name of the file."""
+    if path.suffix == ".json":
+        report.save(path)
+    else:
+        report.to_html(path)
+
+
+def _compile(parsed: argparse.Namespace, passes: list[Pass]) -> CompiledModel:
+    from torchlathe._compile import compile as compile_model
+    from torchlathe.tools.cli.progress import Progress
+    from torchlathe.tools.models import load_model
+
+    with Progress() as progress:
+        progress.say(f"loading {parsed.model}")
+        named = load_model(
+            parsed.model, inputs=parsed.inputs, dynamic=parsed.dynamic, seed=parsed.seed
+        )
+        progress.say("capturing")
+        return compile_model(
+            named.model,
+            passes,
+            named.args,
+            example_kwargs=named.kwargs,
+            dynamic_shapes=named.dynamic_shapes,
+            backend=parsed.backend,
+            verify=parsed.verify,
+            instruments=_instruments(parsed, progress),
+            measure_latency=not parsed.no_latency,
+            seed=parsed.seed,
+        )
+
+
+def _instruments(parsed: argparse.Namespace, progress: Any) -> list[Instrument]:
+    from torchlathe.passes import DumpIR, PrintIR
+
+    found: list[Instrument] = [progress.instrument()]
+    if parsed.print_ir_after:
+        found.append(PrintIR(after=parsed.print_ir_after))
+    if parsed.dump_ir:
+        found.append(DumpIR(parsed.dump_ir))
+    return found
+
+
+def _pipeline_text(given: str) -> str:
+    if not given.startswith("@"):
+        return given
+    path = Path(given[1:])
+    if not path.is_file():
+        raise UsageError(f"there is no pipeline file {path}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.partition("#")[0].strip() for line in lines).strip()
+
+
+def _check_writable(given: str | None) -> None:
+    """Find out before the work is done, not after it."""
+    if given is None:
+        return
+    path = Path(given)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, not a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _say_written(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for name, path in (("model", parsed.output), ("report", parsed.report)):
+        if path:
+            console.print(Text(f"wrote the {name} to {path}"), soft_wrap=True)

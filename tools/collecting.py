@@ -1,0 +1,245 @@
+"""Making a `Report` of a program before and after its passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from torchlathe._version import __version__
+from torchlathe.ir import InputError, Program
+from torchlathe.ir.inputs import input_paths
+from torchlathe.tools.fidelity import OutputFidelity, compare_outputs
+from torchlathe.tools.latency import Latency, compare_latency, tensor_text
+from torchlathe.tools.report import FamilyRow, ParameterRow, PinRow, Report, Totals
+
+__all__ = ["collect_report", "family_rows", "pin_rows", "program_totals", "record_dict"]
+
+_MOST_BATCHES = 8  # of the calibration data that outputs are compared on
+
+log = logging.getLogger("torchlathe")
+
+
+def collect_report(
+    before: Program,
+    after: Program,
+    *,
+    original: Callable[..., Any] | None = None,
+    compiled: Callable[..., Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    pipeline: str = "",
+    backend: str = "eager",
+    latency_seconds: float = 2.0,
+    stages: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Measure and describe what passes did.
+
+    Args:
+        before: The program as captured.
+        after: The program after the passes, with its history.
+        original: The model before, called with the example inputs; None leaves out what needs it.
+        compiled: The model after; None leaves out what needs it.
+        calibration: The outputs are compared on the first batches of these, read as
+            `torchlathe.passes.PassContext` reads them; by default on the example inputs.
+        pipeline: Text form of the passes.
+        backend: What runs the result.
+        latency_seconds: Time to spend on measuring latency; 0 does not measure it.
+        stages: Seconds by stage so far; the whole is their sum.
+        notes: Kept as they are.
+    """
+    latency: Latency | None = None
+    fidelity: list[OutputFidelity] = []
+    measure = original is not None and compiled is not None
+    start = time.perf_counter()
+    if original is not None and compiled is not None:
+        fidelity = compare_outputs(original, compiled, _batches(before, calibration))
+        if latency_seconds > 0:
+            args, kwargs = before.example_inputs
+            latency = compare_latency(
+                original, compiled, args, kwargs, budget_seconds=latency_seconds
+            )
+    families = _families(before)
+    stages = dict(stages or {})
+    if measure:
+        stages["measure"] = time.perf_counter() - start
+    return Report(
+        model=before.model_name,
+        pipeline=pipeline,
+        before=program_totals(before),
+        after=program_totals(after),
+        backend=backend,
+        passes=tuple(record_dict(record) for record in after.history),
+        latency=latency,
+        fidelity=tuple(fidelity),
+        fidelity_inputs=_batches_name(calibration, fidelity),
+        families=tuple(family_rows(families, before, after)),
+        pins=tuple(pin_rows(families)),
+        parameters=tuple(_parameter_rows(before, after)),
+        dropped=tuple(before.dropped),
+        inputs=tuple(_input_texts(before)),
+        seconds=math.fsum(stages.values()),
+        stages=stages,
+        versions=versions(),
+        notes=tuple(notes),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "torchlathe": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def program_totals(program: Program) -> Totals:
+    """Parameters, bytes, FLOPs at the example sizes, and operations of a program."""
+    cost = program.cost()
+    return Totals(cost.parameters, cost.bytes, _flops(program), len(cost.nodes))
+
+
+def family_rows(families: Iterable[Any], before: Program, after: Program) -> list[FamilyRow]:
+    """Each family with what is left of it; largest first."""
+    rows = []
+    for family in families:
+        kept = min(
+            (_kept_units(part, family.extent, before, after) for part in family.slices),
+            default=family.extent,
+        )
+        rows.append(
+            FamilyRow(
+                name=family.name,
+                extent=int(family.extent),
+                kept=kept,
+                parameters=family_parameters(family),
+                exactness=str(family.exactness),
+                reasons=tuple(map(str, family.reasons)),
+                prunable=bool(family.prunable),
+            )
+        )
+    return sorted(rows, key=lambda row: (-row.parameters, row.name))
+
+
+def family_parameters(family: Any) -> int:
+    """Parameters that all units of a family own together."""
+    return int(family.parameters_per_unit) * int(family.extent)
+
+
+def pin_rows(families: Iterable[Any]) -> list[PinRow]:
+    """Pins by reason and place; those that hold most parameters first."""
+    held: dict[tuple[str, str | None], dict[str, int]] = {}
+    for family in families:
+        for pin in family.pins:
+            place = held.setdefault((str(pin.reason), pin.where), {})
+            place[family.name] = family_parameters(family)
+    rows = [
+        PinRow(reason, where, tuple(owned), sum(owned.values()))
+        for (reason, where), owned in held.items()
+    ]
+    return sorted(rows, key=lambda row: (-row.parameters, row.reason, row.where or ""))
+
+
+def record_dict(record: Any) -> dict[str, Any]:
+    """A pass record as a JSON-able dict, whether it is a dataclass or a mapping."""
+    if isinstance(record, Mapping):
+        fields = dict(record)
+    elif dataclasses.is_dataclass(record) and not isinstance(record, type):
+        fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    else:
+        fields = {"spec": str(record)}
+    return {str(key): _plain(value) for key, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return record_dict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        inner = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [_plain(item) for item in inner]
+    return str(value)
+
+
+def _batches(program: Program, calibration: Iterable[Any] | None) -> Iterator[Any]:
+    from torchlathe.passes import PassContext
+
+    return islice(PassContext(program, calibration=calibration).inputs(), _MOST_BATCHES)
+
+
+def _batches_name(
+    calibration: Iterable[Any] | None, fidelity: Sequence[OutputFidelity]
+) -> str:
+    if not fidelity:
+        return ""
+    count = fidelity[0].batches
+    plural = "es" if count != 1 else ""
+    return f"{count} calibration batch{plural}" if calibration is not None else "the example inputs"
+
+
+def _families(program: Program) -> list[Any]:
+    from torchlathe.passes import ZeroInvariantGroups
+
+    return list(program.analysis(ZeroInvariantGroups))
+
+
+def _kept_units(part: Any, extent: int, before: Program, after: Program) -> int:
+    name = before.aliases.get(part.name, part.name)
+    kept = after.kept.get(name, {}).get(part.axis)
+    if kept is None:
+        return int(extent)
+    # Other families may hold other elements of the same axis (fused projections), so that only
+    # the lost elements that every unit would have are counted as this family's own.
+    total = before.tensor(name).shape[part.axis]
+    repeat = max(1, int(part.repeat))
+    if total == extent * repeat:
+        return len(kept) // repeat
+    return int(extent)
+
+
+def _parameter_rows(before: Program, after: Program) -> list[ParameterRow]:
+    rows = []
+    left = after.parameters
+    for name, tensor in before.parameters.items():
+        shape = tuple(tensor.shape)
+        now = tuple(left[name].shape) if name in left else None
+        if now != shape:
+            rows.append(ParameterRow(name, shape, now))
+    return rows
+
+
+def _input_texts(program: Program) -> list[str]:
+    from torch.utils import _pytree as pytree
+
+    leaves = pytree.tree_leaves((tuple(program.example_inputs[0]), dict(program.example_inputs[1])))
+    return [
+        f"{name}: {tensor_text(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)}"
+        for name, leaf in zip(input_paths(program), leaves, strict=True)
+    ]
+
+
+def _flops(program: Program) -> float | None:
+    """FLOPs at the sizes of the example inputs; None where an extent depends on data."""
+    try:
+        return float(program.cost().flops_at())
+    except InputError as error:
+        log.debug("no FLOPs: %s", error)
+        return None

@@ -1,0 +1,234 @@
+"""Plots of a report as inline SVG that follows the colours of the page around it.
+
+Matplotlib draws with stand-in colours, which are then replaced by CSS variables: one drawing
+serves light and dark pages.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torchlathe.tools.figures import (
+    bytes_text,
+    count_text,
+    error_text,
+    flops_text,
+    ms_text,
+    share_text,
+    shorten,
+)
+from torchlathe.tools.latency import quantile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from torchlathe.tools.fidelity import OutputFidelity
+    from torchlathe.tools.latency import Latency
+    from torchlathe.tools.report import ParameterRow, Report
+
+__all__ = ["fidelity_plot", "latency_plot", "layers_plot", "sizes_plot", "svg"]
+
+# Stand-ins, no two alike, to the variables of the page.
+_INK, _MUTED, _RULE, _BEFORE, _AFTER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _RULE: "var(--rule)",
+    _BEFORE: "var(--before)",
+    _AFTER: "var(--after)",
+}
+_MOST_LAYERS = 48
+_MOST_OUTPUTS = 16
+
+
+def sizes_plot(report: Report) -> str:
+    """Parameters, bytes and FLOPs: before, and after each pass."""
+    panels = [
+        ("Parameters", _steps(report, "parameters"), count_text),
+        ("Size", _steps(report, "bytes"), bytes_text),
+        ("FLOPs", _steps(report, "flops"), flops_text),
+    ]
+    panels = [panel for panel in panels if len(panel[1]) > 1]
+    if not panels:
+        return ""
+    rows = len(panels[0][1])
+    with _figure(9.0, 0.55 + 0.34 * rows) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, steps, text) in zip(axes, panels, strict=True):
+            values = [value for _, value in steps]
+            places = range(len(steps))
+            colours = [_BEFORE, *[_AFTER] * (len(steps) - 1)]
+            axis.barh(places, values, color=colours, height=0.62)
+            for place, value in zip(places, values, strict=True):
+                _beside(axis, (value, place), text(value))
+            axis.set_xlim(0, max(values) * 1.45 or 1)
+            axis.set_xticks([])
+            axis.set_title(title, loc="left", fontsize=10, color=_INK)
+            axis.set_yticks(list(places), [shorten(name, 26) for name, _ in steps])
+            axis.tick_params(length=0)
+        axes[0].invert_yaxis()
+        return svg(figure, "sizes")
+
+
+def latency_plot(latency: Latency) -> str:
+    """Every sample of both models, with the median and the band from 20 % to 80 %."""
+    rows = [
+        ("original", latency.original_ms, _BEFORE),
+        ("compiled", latency.compiled_ms, _AFTER),
+    ]
+    with _figure(9.0, 1.9) as figure:
+        axis = figure.subplots()
+        high = max(quantile(samples, 0.98) for _, samples, _ in rows)
+        for place, (_, samples, colour) in enumerate(rows):
+            offsets = _spread(len(samples))
+            inside = [(x, place + y) for x, y in zip(samples, offsets, strict=True) if x <= high]
+            axis.scatter(*zip(*inside, strict=True), s=13, color=colour, alpha=0.45, linewidths=0)
+            low, middle, top = (quantile(samples, share) for share in (0.2, 0.5, 0.8))
+            axis.plot([low, top], [place + 0.33] * 2, color=colour, linewidth=3)
+            axis.plot([middle] * 2, [place - 0.3, place + 0.33], color=_INK, linewidth=1.4)
+            axis.text(middle, place - 0.36, ms_text(middle), ha="center", color=_INK, fontsize=9)
+        axis.set_yticks([0, 1], [name for name, _, _ in rows])
+        axis.set_ylim(1.55, -0.65)
+        axis.set_xlim(0, high * 1.06)
+        axis.set_xlabel("milliseconds per call", color=_MUTED, fontsize=9)
+        axis.grid(axis="x", color=_RULE, linewidth=0.7)
+        axis.tick_params(length=0)
+        return svg(figure, "latency")
+
+
+def layers_plot(rows: Sequence[ParameterRow]) -> str:
+    """The share of the parameters of each changed layer that is left; those cut most, of many."""
+    shares = _layer_shares(rows)
+    if not shares:
+        return ""
+    if len(shares) > _MOST_LAYERS:
+        kept = sorted(shares, key=lambda pair: pair[1])[:_MOST_LAYERS]
+        shares = [pair for pair in shares if pair in kept]
+    with _figure(9.0, 0.5 + 0.21 * len(shares)) as figure:
+        axis = figure.subplots()
+        places = range(len(shares))
+        axis.barh(places, [100.0] * len(shares), color=_RULE, height=0.6)
+        axis.barh(places, [100 * share for _, share in shares], color=_AFTER, height=0.6)
+        for place, (_, share) in zip(places, shares, strict=True):
+            _beside(axis, (100, place), share_text(share))
+        axis.set_yticks(list(places), [shorten(name, 52) for name, _ in shares], fontsize=8)
+        axis.set_ylim(len(shares) - 0.4, -0.6)
+        axis.set_xlim(0, 110)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        return svg(figure, "layers")
+
+
+def fidelity_plot(entries: Sequence[OutputFidelity]) -> str:
+    """Relative error of each output, on a logarithmic axis."""
+    told = [(e.name, e.relative_error) for e in entries if e.relative_error is not None]
+    told = told[:_MOST_OUTPUTS]
+    errors = [max(error, 1e-9) for _, error in told]
+    if not errors:
+        return ""
+    with _figure(9.0, 0.75 + 0.3 * len(told)) as figure:
+        axis = figure.subplots()
+        places = range(len(told))
+        low, high = min(1e-4, min(errors) / 2), max(1.0, max(errors) * 2)
+        axis.hlines(places, low, errors, color=_AFTER, linewidth=2)
+        axis.scatter(errors, places, color=_AFTER, s=34, zorder=3)
+        for place, (shown, (_, error)) in enumerate(zip(errors, told, strict=True)):
+            _beside(axis, (shown, place), error_text(error))
+        axis.set_xscale("log")
+        axis.set_xlim(low, high * 3)
+        axis.set_ylim(len(told) - 0.4, -0.6)
+        axis.set_yticks(list(places), [shorten(name, 40) for name, _ in told])
+        axis.set_xlabel("relative error (log scale)", color=_MUTED, fontsize=9)
+        axis.grid(axis="x", color=_RULE, linewidth=0.7)
+        axis.minorticks_off()
+        axis.tick_params(length=0)
+        return svg(figure, "fidelity")
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an ``<svg>`` element.
+
+    Args:
+        figure: Drawn with the stand-in colours of this module.
+        name: Prefix of its ids, so that several drawings can be on one page.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]+"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]+"', r"\1", text, count=1)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure in the style of the report; width and height in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.size": 9.0,
+        "axes.edgecolor": _RULE,
+        "axes.labelcolor": _MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.spines.bottom": False,
+        "axes.axisbelow": True,
+        "xtick.color": _MUTED,
+        "ytick.color": _INK,
+        "text.color": _INK,
+    }
+    with matplotlib.rc_context(style):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _beside(axis: Axes, place: tuple[float, float], text: str) -> None:
+    axis.annotate(
+        text, place, (6, 0), textcoords="offset points", va="center", color=_INK, fontsize=8.5
+    )
+
+
+def _steps(report: Report, what: str) -> list[tuple[str, float]]:
+    """The value before anything, and after each pass; empty where it is unknown."""
+    first = getattr(report.before, what)
+    steps = [] if first is None else [("original", float(first))]
+    for record in report.passes:
+        value = record.get(f"{what}_after")
+        if value is None:
+            return []
+        steps.append((str(record.get("spec", "")).partition("{")[0], float(value)))
+    return steps
+
+
+def _layer_shares(rows: Sequence[ParameterRow]) -> list[tuple[str, float]]:
+    """Layers (what owns the parameters) in order, with the share of their elements that is left."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        layer = row.name.rpartition(".")[0] or row.name
+        before, after = sizes.get(layer, (0, 0))
+        left = 0 if row.after is None else math.prod(row.after)
+        sizes[layer] = (before + math.prod(row.before), after + left)
+    return [(name, after / before if before else 1.0) for name, (before, after) in sizes.items()]
+
+
+def _spread(count: int) -> list[float]:
+    """Offsets in ±0.2 that keep neighbouring samples apart; the same every time."""
+    return [((index * 0.618034) % 1.0 - 0.5) * 0.4 for index in range(count)]

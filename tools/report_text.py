@@ -1,0 +1,281 @@
+"""A report as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from torchlathe.tools.figures import (
+    bytes_text,
+    change_text,
+    count_text,
+    error_text,
+    flops_text,
+    ms_text,
+    seconds_text,
+    share_text,
+    shorten,
+    speedup_text,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from torchlathe.tools.report import Report
+
+__all__ = ["family_table", "new_table", "pin_table", "renderables"]
+
+_MOST_FAMILIES = 12
+_MOST_PINS = 8
+_MOST_OUTPUTS = 12
+
+
+def renderables(report: Report) -> Iterator[RenderableType]:
+    """The parts of the report, in order of reading."""
+    yield Text.assemble(
+        (report.model, "bold"), " · ", report.pipeline or "no passes", " · ", report.backend
+    )
+    yield _totals(report)
+    if report.passes:
+        yield _passes(report)
+        yield from _diagnostics(report)
+    if report.fidelity:
+        yield _fidelity(report)
+    if report.families:
+        yield family_table(report.families, limit=_MOST_FAMILIES, name_width=38)
+    if report.pins:
+        yield pin_table(report.pins, limit=_MOST_PINS)
+    if report.dropped:
+        names = ", ".join(report.dropped[:4])
+        more = f" and {len(report.dropped) - 4} more" if len(report.dropped) > 4 else ""
+        yield _apart(Text(f"Dropped, never read by forward: {names}{more}"))
+    for note in report.notes:
+        yield _apart(Text(f"Note: {note}"))
+    yield _footer(report)
+
+
+def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """A table in the one style that the tools use.
+
+    Args:
+        title: Above it.
+        *columns: Headings; ``">heading"`` aligns right, ``"*heading"`` takes the room that is left.
+        caption: Below it.
+    """
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+        padding=(0, 2, 0, 0),
+    )
+    for column in columns:
+        right, wide = column.startswith(">"), column.startswith("*")
+        table.add_column(
+            column.lstrip(">*"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+            ratio=1 if wide else None,
+        )
+    return table
+
+
+def family_table(
+    rows: Sequence[Any], *, limit: int | None = None, name_width: int | None = None
+) -> RenderableType:
+    """Families as a table.
+
+    Args:
+        rows: Each as `FamilyRow`, largest first.
+        limit: Show only so many.
+        name_width: Show only the end of longer names; None folds them into lines.
+    """
+    shown = rows[:limit]
+    left = len(rows) - len(shown)
+    table = new_table(
+        "Families",
+        "*family",
+        ">units",
+        ">kept",
+        ">params",
+        "exactness",
+        caption=f"... and {left} smaller ones" if left > 0 else None,
+    )
+    for row in shown:
+        how = row.exactness if row.prunable else "pinned"
+        if row.reasons:
+            how += f" ({row.reasons[0]})"
+        kept = count_text(row.kept) if row.kept != row.extent else "all"
+        table.add_row(
+            escape(shorten(row.name, name_width) if name_width else row.name),
+            count_text(row.extent),
+            Text(kept, style="green" if row.kept != row.extent else "dim"),
+            count_text(row.parameters),
+            Text(how, style="" if row.exactness.startswith("exact") else "yellow"),
+        )
+    return _apart(table)
+
+
+def pin_table(rows: Sequence[Any], *, limit: int | None = None) -> RenderableType:
+    """Pins as a table: why what cannot go cannot go."""
+    shown = rows[:limit]
+    left = len(rows) - len(shown)
+    table = new_table(
+        "Pinned",
+        "*reason",
+        "where",
+        ">families",
+        ">params",
+        caption=f"... and {left} more reasons" if left > 0 else None,
+    )
+    for row in shown:
+        table.add_row(
+            escape(row.reason),
+            escape(short_place(row.where)),
+            count_text(len(row.families)),
+            count_text(row.parameters),
+        )
+    return _apart(table)
+
+
+def short_place(where: str | None, parts: int = 2) -> str:
+    """A source line without the folders that lead to it: ``bert/modeling_bert.py:12 (forward)``."""
+    if not where:
+        return ""
+    head, colon, tail = where.partition(":")
+    if "/" not in head:
+        return where
+    return "/".join(head.split("/")[-parts:]) + colon + tail
+
+
+def _totals(report: Report) -> RenderableType:
+    table = new_table("", "", ">before", ">after", ">change")
+    table.title = None
+    before, after = report.before, report.after
+    table.add_row(
+        "parameters",
+        count_text(before.parameters),
+        count_text(after.parameters),
+        _change(before.parameters, after.parameters),
+    )
+    table.add_row(
+        "size", bytes_text(before.bytes), bytes_text(after.bytes), _change(before.bytes, after.bytes)
+    )
+    if before.flops is not None and after.flops is not None:
+        table.add_row(
+            "FLOPs",
+            flops_text(before.flops),
+            flops_text(after.flops),
+            _change(before.flops, after.flops),
+        )
+    if (latency := report.latency) is not None:
+        speedup = latency.speedup
+        table.add_row(
+            "latency",
+            ms_text(latency.original_median),
+            ms_text(latency.compiled_median),
+            Text(speedup_text(speedup), style="green" if speedup >= 1 else "yellow"),
+        )
+    return _apart(table)
+
+
+def _change(before: float, after: float) -> Text:
+    return Text(change_text(before, after), style="green" if after < before else "dim")
+
+
+def _passes(report: Report) -> RenderableType:
+    table = new_table("Passes", ">#", "*pass", ">params", ">FLOPs", ">time", "verified")
+    for index, record in enumerate(report.passes, 1):
+        spec = str(record.get("spec", ""))
+        if not record.get("changed", True):
+            spec += "  (changed nothing)"
+        table.add_row(
+            str(index),
+            escape(spec),
+            _record_change(record, "parameters"),
+            _record_change(record, "flops"),
+            seconds_text(float(record.get("seconds") or 0.0)),
+            verification_text(record),
+        )
+    return _apart(table)
+
+
+def _record_change(record: dict[str, Any], what: str) -> str:
+    before, after = record.get(f"{what}_before"), record.get(f"{what}_after")
+    return "" if before is None or after is None else change_text(before, after)
+
+
+def verification_text(record: dict[str, Any]) -> str:
+    """What a pass promised, and what comparing the outputs found, in a few words."""
+    promise = str(record.get("exactness") or "")
+    verification = record.get("verification") or {}
+    error = verification.get("max_rel_error")
+    if error is None:
+        return f"{promise}, not compared" if promise else "not compared"
+    return ", ".join(filter(None, [promise, f"error {error_text(float(error))}"]))
+
+
+def _diagnostics(report: Report) -> Iterator[RenderableType]:
+    for _, diagnostic in report.diagnostics:
+        severity = str(diagnostic.get("severity", "note"))
+        where = diagnostic.get("where") or diagnostic.get("name")
+        text = f"{severity}: {diagnostic.get('message', '')}"
+        if where:
+            text += f" [{short_place(str(where))}]"
+        style = "yellow" if severity == "warning" else "dim"
+        yield Padding(Text(text, style=style), (0, 0, 0, 3))
+
+
+def _fidelity(report: Report) -> RenderableType:
+    table = new_table(
+        f"Outputs against the original, on {report.fidelity_inputs or 'the inputs'}",
+        "*output",
+        "shape",
+        ">cosine",
+        ">rel. error",
+        ">top-1",
+    )
+    for entry in report.fidelity[:_MOST_OUTPUTS]:
+        shape = f"{entry.dtype}[{', '.join(map(str, entry.shape))}]"
+        note = f"  ({entry.note})" if entry.note else ""
+        table.add_row(
+            escape(entry.name + note),
+            escape(shape),
+            "" if entry.cosine is None else f"{entry.cosine:.5f}",
+            "" if entry.relative_error is None else error_text(entry.relative_error),
+            share_text(entry.top1) if entry.top1 is not None else "",
+        )
+    left = len(report.fidelity) - _MOST_OUTPUTS
+    if left > 0:
+        table.caption = f"... and {left} more"
+    return _apart(table)
+
+
+def _footer(report: Report) -> RenderableType:
+    parts = []
+    if report.latency is not None:
+        latency = report.latency
+        threads = f"{latency.threads} thread{'s' if latency.threads != 1 else ''}"
+        parts.append(
+            f"Latency: medians of {len(latency.original_ms)} interleaved runs on {latency.device} "
+            f"with {threads}, {', '.join(latency.inputs)}."
+        )
+    stages = ", ".join(f"{name} {seconds_text(s)}" for name, s in report.stages.items())
+    parts.append(f"Took {seconds_text(report.seconds)}" + (f" ({stages})." if stages else "."))
+    if report.versions:
+        parts.append(" ".join(f"{name} {value}" for name, value in report.versions.items()))
+    return _apart(Text("\n".join(parts), style="dim"))
+
+
+def _apart(part: RenderableType) -> RenderableType:
+    """With an empty line before it."""
+    return Padding(part, (1, 0, 0, 0))

@@ -1,0 +1,58 @@
+"""torchlathe: turn a PyTorch model down to size, pass by pass.
+
+Importing this package loads none of it: each public name is loaded when it is first used, so
+that ``import torchlathe`` costs next to nothing, starts no device and needs no optional package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from torchlathe._version import __version__
+
+if TYPE_CHECKING:
+    from torchlathe import backends, ir, kernels, passes, tools
+    from torchlathe._compile import compile
+    from torchlathe.backends import CompiledModel, load
+    from torchlathe.ir import Error, Program, capture
+    from torchlathe.passes import PassManager
+
+__all__ = [
+    "CompiledModel",
+    "Error",
+    "PassManager",
+    "Program",
+    "__version__",
+    "backends",
+    "capture",
+    "compile",
+    "ir",
+    "kernels",
+    "load",
+    "passes",
+    "tools",
+]
+
+_PACKAGES = frozenset({"backends", "ir", "kernels", "passes", "tools"})
+_HOME = {
+    "CompiledModel": "torchlathe.backends",
+    "Error": "torchlathe.ir",
+    "PassManager": "torchlathe.passes",
+    "Program": "torchlathe.ir",
+    "capture": "torchlathe.ir",
+    "compile": "torchlathe._compile",
+    "load": "torchlathe.backends",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"torchlathe.{name}")
+    if name in _HOME:
+        value: object = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'torchlathe' has no attribute {name!r}", name=name, obj=None)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
