@@ -7,8 +7,10 @@ twins here where that is plainly safe, and by ``run_decompositions({})`` where i
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +23,14 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from torchlathe.ir.errors import CaptureError, Error, InputError, UnsupportedError
-from torchlathe.ir.functional import functionalize_in_place, inline_wrapped_regions
+from torchlathe.ir.functional import (
+    drop_statistics_updates,
+    functionalize_in_place,
+    inline_wrapped_regions,
+)
 from torchlathe.ir.program import Program, TensorEntry, TensorKind
-from torchlathe.ir.provenance import set_info
+from torchlathe.ir.provenance import describe, set_info
+from torchlathe.ir.quiet import error_chain, quiet_torch
 
 __all__ = ["capture", "from_exported"]
 
@@ -63,7 +70,7 @@ def capture(
             hint="wrap a function into a module with a forward method",
         )
     if dynamic_shapes == "auto":
-        args, kwargs, dynamic_shapes = _mark_batch(args, kwargs)
+        args, kwargs, dynamic_shapes = _mark_batch(model, args, kwargs)
     elif isinstance(dynamic_shapes, str):
         raise InputError(f'dynamic_shapes={dynamic_shapes!r} is not known; the one text is "auto"')
     _register_containers()
@@ -90,14 +97,18 @@ def from_exported(
     graph = exported.graph
     if not (inline_wrapped_regions(exported.graph_module) and functionalize_in_place(graph)):
         log.debug("wrapped regions or writes to aliases: flattening by run_decompositions")
-        exported = exported.run_decompositions({})
+        with quiet_torch():
+            exported = exported.run_decompositions({})
         graph = exported.graph
+        _refuse_submodules(exported.graph_module)
+    drop_statistics_updates(graph)
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         names = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
         raise UnsupportedError(
             f"the forward code writes into {', '.join(sorted(names))}",
-            hint="capture in eval mode, or return the new value as an output instead",
+            hint="a graph here has no state: return the new value as an output, or skip the write "
+            "when not self.training (capture runs in eval mode)",
         )
     inputs = example_inputs or exported.example_inputs or ((), {})
 
@@ -134,6 +145,17 @@ def from_exported(
         range_constraints=exported.range_constraints,
         model_name=name,
     )
+
+
+def _refuse_submodules(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        user = next(iter(node.users), node)
+        raise UnsupportedError(
+            f"the model has control flow or a nested graph ({user.target}), and a program is one "
+            "flat graph",
+            where=describe(user),
+            hint="write a branch with torch.where, or decide it outside of forward",
+        )
 
 
 _KINDS = {
@@ -245,8 +267,8 @@ def _normalise_inputs(
 
 
 def _mark_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, dict[str, Any]] | Any]:
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     batch = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), None)
 
@@ -261,13 +283,15 @@ def _mark_batch(
     # AUTO lets export fall back to a static dimension where the model fixes it.
     dynamic = [{0: Dim.AUTO} if marked(x) else None for x in leaves]
     dynamic_args, dynamic_kwargs = pytree.tree_unflatten(dynamic, spec)
-    if not kwargs:
-        return args, kwargs, dynamic_args
-    if not args:
-        return args, kwargs, dynamic_kwargs
-    # With both, export wants them by parameter name; a flat tuple in call order is the other
-    # form that it takes.
-    return args, kwargs, (*dynamic_args, *dynamic_kwargs.values())
+    # By parameter name, as export binds the arguments itself.
+    try:
+        bound = inspect.signature(model.forward).bind(*dynamic_args, **dynamic_kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit forward{inspect.signature(model.forward)}: {error}",
+            hint="example_inputs are the positional arguments, example_kwargs the keywords",
+        ) from error
+    return args, kwargs, dict(bound.arguments)
 
 
 # -- export ----------------------------------------------------------------------------------
@@ -287,17 +311,21 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
 def _export(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
-    failures: list[tuple[str, Exception]] = []
+    first: Exception | None = None
     for strict in (False, True):
         try:
-            return torch.export.export(
-                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict
-            )
+            with quiet_torch():
+                return torch.export.export(
+                    model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict
+                )
         except Exception as error:
-            failures.append(("strict" if strict else "non-strict", error))
-            if not strict:
+            log.debug("export with strict=%s failed", strict, exc_info=True)
+            if first is None:
+                first = error
                 _check_runs(model, args, kwargs)
-    _, first = failures[0]
+            if _violates_constraints(error):
+                break
+    assert first is not None
     raise _capture_error(first) from first
 
 
@@ -318,29 +346,33 @@ def _check_runs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         ) from error
 
 
+def _violates_constraints(error: Exception) -> bool:
+    return "Constraints violated" in str(error) or "ConstraintViolation" in type(error).__name__
+
+
 def _capture_error(error: Exception) -> Error:
     text = str(error)
     kind = type(error).__name__
     where = _user_frame(error)
-    if "data-dependent" in text or "DataDependent" in kind or "GuardOnDataDependent" in kind:
+    if "data-dependent" in text or "DataDependent" in kind:
         return CaptureError(
             "the forward code branches on the values of a tensor, so it is not one graph: "
-            + _first_lines(error),
+            + _first_lines(error, 1),
             where=where,
-            hint="write the branch with torch.where or torch.cond, or decide it outside of "
-            "forward; a known range can be stated with torch._check",
+            hint="write the branch with torch.where, or decide it outside of forward; a known "
+            "range can be stated with torch._check",
         )
-    if "Constraints violated" in text or "ConstraintViolation" in kind:
+    if _violates_constraints(error):
         return CaptureError(
-            "the model needs a static dimension that dynamic_shapes marks as dynamic: "
-            + _first_lines(error, 12),
+            "dynamic_shapes allows more than the model does: " + _constraints(text),
             where=where,
-            hint="leave that dimension out of dynamic_shapes, or use Dim.AUTO for it",
+            hint="narrow the range as suggested, leave that dimension out of dynamic_shapes, or "
+            "use Dim.AUTO for it",
         )
     if "not a known type" in text or "register a pytree" in text:
         return CaptureError(
             "an input or output is of a type that torch.export cannot flatten: "
-            + _first_lines(error),
+            + _first_lines(error, 1).partition(" See ")[0],
             where=where,
             hint="return tensors, tuples, dicts or dataclasses, or register the type with "
             "torch.utils._pytree.register_pytree_node",
@@ -348,7 +380,9 @@ def _capture_error(error: Exception) -> Error:
     return CaptureError(
         f"torch.export could not capture the model: {kind}: {_first_lines(error)}",
         where=where,
-        hint="the place above is the last line of the model's own code that ran",
+        hint="the place above is the last line of the model's own code that ran"
+        if where
+        else "the cause of this error has torch's own account of it",
     )
 
 
@@ -357,21 +391,28 @@ def _first_lines(error: Exception, count: int = 3) -> str:
     return " ".join(lines[:count])[:600]
 
 
+def _constraints(text: str) -> str:
+    """What torch says of violated constraints, without its advice on logging."""
+    lines = [line.strip() for line in text.partition("The error above occurred")[0].splitlines()]
+    lines[0] = lines[0].partition(" For more information")[0]
+    return " ".join(filter(None, lines))[:600]
+
+
 def _user_frame(error: BaseException) -> str | None:
     """The deepest frame of the traceback that is in the model's own code."""
-    root = torch.__path__[0]
     found = None
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        if cause in chain:
-            break
-        chain.append(cause)
-    for link in chain:
+    for link in error_chain(error):
         for frame in traceback.extract_tb(link.__traceback__):
-            own = frame.filename.startswith(root) or frame.filename == __file__
-            if not own and not frame.filename.startswith("<"):
+            if _is_user_code(frame.filename):
                 found = f"{frame.filename}:{frame.lineno} ({frame.name}): {frame.line}"
     return found
+
+
+def _is_user_code(filename: str) -> bool:
+    if filename.startswith(("<", torch.__path__[0])) or filename == __file__:
+        return False
+    library = sysconfig.get_path("stdlib")
+    return not filename.startswith(library) or "site-packages" in filename
 
 
 def _register_containers() -> None:

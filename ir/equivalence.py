@@ -141,7 +141,7 @@ class _Run:
                 self.flat,
                 replace_tensor=self.reference,
                 dtype=self.dtype,
-                observe=watch and watch.first,
+                observe=None if watch is None else watch.first,
             )
             torch.manual_seed(0)
             return want, self._outputs_after(watch)
@@ -208,11 +208,11 @@ class _Watch:
 
     def first(self, node: fx.Node, value: Any) -> None:
         """Observe a node of the program before."""
-        self._seen[f"{node.name} {node.target}"] = _sketch(value)
+        self._seen[node.name] = _sketch(value)
 
     def second(self, node: fx.Node, value: Any) -> None:
         """Observe a node of the program after; keep the first that differs."""
-        want = self._seen.get(f"{node.name} {node.target}")
+        want = self._seen.get(node.name)
         if self.found is not None or want is None:
             return
         got = _sketch(value)
@@ -247,10 +247,10 @@ def _difference(want: Any, got: Any) -> tuple[float, float, str | None]:
         count = int((want != got).sum())
         return 0.0, 0.0, f"differs in {count} of {want.numel()} elements" if count else None
     # Equal infinities and two NaNs in one place are equal.
-    same = (want == got) | (want.isnan() & got.isnan())
+    equal = (want == got) | (want.isnan() & got.isnan())
     if want.is_floating_point():  # a difference of halves would be rounded again
         want, got = want.double(), got.double()
-    gap = torch.where(same, 0.0, (want - got).abs())
+    gap = torch.where(equal, 0.0, (want - got).abs())
     absolute = float(gap.nan_to_num(nan=torch.inf).max())
     if absolute == 0.0:
         return 0.0, 0.0, None

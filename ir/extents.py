@@ -46,7 +46,7 @@ def symbol_names(program: Program) -> dict[sympy.Symbol, str]:
             free = getattr(found, "free_symbols", ())
             for symbol in sorted(free, key=_natural):
                 if symbol not in names:
-                    prefix = "u" if symbol.name.startswith("u") else "s"
+                    prefix = "u" if symbol.name.startswith(("u", "zu")) else "s"
                     names[symbol] = f"{prefix}{counts[prefix]}"
                     counts[prefix] += 1
     return names

@@ -6,6 +6,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from torchlathe.ir.errors import UnsupportedError
+from torchlathe.ir.provenance import describe
+
 __all__ = ["drop_statistics_updates", "functionalize_in_place", "inline_wrapped_regions"]
 
 # Ops that may return their input, or a view of it, without saying so in the schema.
@@ -60,6 +63,9 @@ def functionalize_in_place(graph: fx.Graph) -> bool:
     ``relu_(x)`` becomes ``relu(x)`` and later readers of ``x`` read the result, which is right
     only if nothing else can see the write: ``x`` is neither an input nor a parameter, and no
     other view of its storage is read afterwards.
+
+    Raises:
+        UnsupportedError: A write through a view that torch cannot tell from a copy.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     aliases = _Aliases()
@@ -70,26 +76,38 @@ def functionalize_in_place(graph: fx.Graph) -> bool:
             continue
         target = node.args[0] if node.args else None
         functional = _functional_twin(node)
-        if (
-            not isinstance(target, fx.Node)
-            or functional is None
-            or any(
-                other.op == "placeholder"
-                or (
-                    other not in (target, node)
-                    and any(order[user] > order[node] for user in other.users)
-                )
-                for other in aliases.of(target)
-            )
-        ):
+        if not isinstance(target, fx.Node) or target.op == "placeholder" or functional is None:
+            complete = False
+            continue
+        # What only changes strides or the autograd state of one tensor object is seen by no other.
+        writes = torch.Tag.inplace_view not in _tags(node)
+        if writes and _seen_elsewhere(node, target, aliases.of(target), order):
             complete = False
             continue
         node.target = functional
         late = [user for user in target.users if order[user] > order[node]]
         for user in late:
             user.replace_input_with(target, node)
-        aliases.detach(node)
+        if writes:
+            aliases.detach(node)
     return complete
+
+
+def _seen_elsewhere(
+    node: fx.Node, target: fx.Node, aliases: list[fx.Node], order: dict[fx.Node, int]
+) -> bool:
+    """Whether something but ``target`` shows what ``node`` writes into it."""
+    others = [other for other in aliases if other not in (target, node)]
+    seen = [other for other in others if any(order[u] > order[node] for u in other.users)]
+    if seen and (hidden := [a for a in aliases if _aliases_silently(a)]):
+        raise UnsupportedError(
+            f"{node.target} writes into the result of {hidden[0].target}, which here is a view "
+            "of a tensor that is read afterwards; its schema does not say so, and export takes it "
+            "for a copy",
+            where=describe(node),
+            hint="write the in-place op out of place, or clone the view before",
+        )
+    return bool(seen) or any(other.op == "placeholder" for other in aliases)
 
 
 def drop_statistics_updates(graph: fx.Graph) -> None:
@@ -110,9 +128,22 @@ def _schema(node: fx.Node) -> torch._C.FunctionSchema | None:
     return None
 
 
+def _tags(node: fx.Node) -> list[torch.Tag]:
+    return node.target.tags if isinstance(node.target, torch._ops.OpOverload) else []
+
+
 def _mutates(node: fx.Node) -> bool:
     schema = _schema(node)
     return schema is not None and schema.is_mutable
+
+
+def _aliases_silently(node: fx.Node) -> bool:
+    """Whether a result shares storage with an input although its schema knows of no alias."""
+    schema = _schema(node)
+    if schema is None or any(ret.alias_info is not None for ret in schema.returns):
+        return False
+    own = set(_storages(node))
+    return any(own.intersection(_storages(used)) for used in node.all_input_nodes)
 
 
 def _aliased_inputs(node: fx.Node) -> list[fx.Node]:

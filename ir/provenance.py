@@ -48,7 +48,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    return str(path)
+    # Export's own name for code that it traced outside of any module's forward.
+    return "" if str(path).startswith("_empty_nn_module_stack") else str(path)
 
 
 def source_line(node: fx.Node) -> str | None:
@@ -58,7 +59,7 @@ def source_line(node: fx.Node) -> str | None:
         return None
     frames = list(_FRAME.finditer(trace))
     for frame in reversed(frames):
-        if not _LIBRARY.search(frame["file"]):
+        if not _LIBRARY.search(frame["file"]) and not frame["file"].startswith("<"):
             return f"{frame['file']}:{frame['line']} ({frame['function']})"
     return None
 

@@ -106,7 +106,7 @@ class Pass(ABC):
 class AnalysisPass(Pass, Analysis[R], Generic[R]):
     """An analysis that can also stand in a pipeline, where its statistics are recorded."""
 
-    def statistics(self, result: R) -> dict[str, int | float | str]:
+    def statistics(self, result: R) -> dict[str, int | float]:
         """Numbers of a result that are worth a line in the report."""
         return {}
 

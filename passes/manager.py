@@ -39,6 +39,7 @@ from torchlathe.passes.base import (
     RewritePass,
 )
 from torchlathe.passes.instruments import Instrument, PrintIR
+from torchlathe.passes.options import options_of
 from torchlathe.passes.ordering import check_order
 from torchlathe.passes.reproducer import SaveProgram, write_reproducer
 from torchlathe.passes.spec import parse_pipeline, pipeline_text
@@ -137,13 +138,11 @@ def _resolve(item: object) -> list[Pass]:
     if isinstance(item, str):
         return parse_pipeline(item)
     if isinstance(item, type) and issubclass(item, Pass):
-        try:
-            item = item()
-        except TypeError as error:
+        if missing := ", ".join(o.name for o in options_of(item) if o.required):
             raise OptionError(
-                f"{item.__name__} cannot be made without options: {error}",
-                hint=f"give an object: {item.__name__}(...)",
-            ) from error
+                f"{item.__name__} needs {missing}", hint=f"give an object: {item.__name__}(...)"
+            )
+        return _resolve(item())
     if not isinstance(item, Pass):
         raise OptionError(
             f"expected a pass, a pass class or text, got {type(item).__name__}: {item!r}"
@@ -263,7 +262,7 @@ class _Run:
 
     def _call(self, item: Pass) -> PassResult:
         if isinstance(item, AnalysisPass):
-            return PassResult(False, item.statistics(self.context.analysis(item)))
+            return PassResult(False, {**item.statistics(self.context.analysis(item))})
         assert isinstance(item, RewritePass)  # the manager takes no others
         result: object = item.run(self.program, self.context)
         if not isinstance(result, PassResult):

@@ -97,18 +97,17 @@ def options_of(cls: type) -> tuple[Option, ...]:
     Raises:
         OptionError: An annotation names something that its module does not have at run time.
     """
-    return tuple(
-        Option(
-            field.name,
-            _annotation(cls, field),
-            field.default_factory()
-            if field.default_factory is not dataclasses.MISSING
-            else field.default,
-            str(field.metadata.get("help", "")),
-        )
-        for field in dataclasses.fields(cls)
-        if field.init
-    )
+    return tuple(_option(cls, field) for field in dataclasses.fields(cls) if field.init)
+
+
+def _option(cls: type, field: dataclasses.Field[Any]) -> Option:
+    annotation = _annotation(cls, field)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if _conforms(default, annotation):  # if it does not, making the pass will say so
+        default = conform(default, annotation)
+    return Option(field.name, annotation, default, str(field.metadata.get("help", "")))
 
 
 def _annotation(cls: type, field: dataclasses.Field[Any]) -> Any:

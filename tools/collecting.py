@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,7 +21,15 @@ from torchlathe.tools.fidelity import OutputFidelity, compare_outputs
 from torchlathe.tools.latency import Latency, compare_latency, tensor_text
 from torchlathe.tools.report import FamilyRow, ParameterRow, PinRow, Report, Totals
 
-__all__ = ["collect_report", "family_rows", "pin_rows", "program_totals", "record_dict"]
+__all__ = [
+    "collect_report",
+    "family_rows",
+    "input_texts",
+    "pin_rows",
+    "program_families",
+    "program_totals",
+    "record_dict",
+]
 
 _MOST_BATCHES = 8  # of the calibration data that outputs are compared on
 
@@ -67,7 +75,7 @@ def collect_report(
             latency = compare_latency(
                 original, compiled, args, kwargs, budget_seconds=latency_seconds
             )
-    families = _families(before)
+    families = program_families(before)
     stages = dict(stages or {})
     if measure:
         stages["measure"] = time.perf_counter() - start
@@ -81,11 +89,11 @@ def collect_report(
         latency=latency,
         fidelity=tuple(fidelity),
         fidelity_inputs=_batches_name(calibration, fidelity),
-        families=tuple(family_rows(families, before, after)),
+        families=tuple(family_rows(families, _families_left(before, after))),
         pins=tuple(pin_rows(families)),
         parameters=tuple(_parameter_rows(before, after)),
         dropped=tuple(before.dropped),
-        inputs=tuple(_input_texts(before)),
+        inputs=tuple(input_texts(before)),
         seconds=math.fsum(stages.values()),
         stages=stages,
         versions=versions(),
@@ -108,26 +116,36 @@ def program_totals(program: Program) -> Totals:
     return Totals(cost.parameters, cost.bytes, _flops(program), len(cost.nodes))
 
 
-def family_rows(families: Iterable[Any], before: Program, after: Program) -> list[FamilyRow]:
-    """Each family with what is left of it; largest first."""
+def family_rows(families: Iterable[Any], left: Iterable[Any] | None = None) -> list[FamilyRow]:
+    """Each family with what is left of it; largest first.
+
+    Args:
+        families: Of the program before.
+        left: Of the program after, in which the same family has the same name; None if it is the
+            same program.
+    """
+    kept = None if left is None else {family.name: int(family.extent) for family in left}
     rows = []
     for family in families:
-        kept = min(
-            (_kept_units(part, family.extent, before, after) for part in family.slices),
-            default=family.extent,
-        )
+        extent = int(family.extent)
         rows.append(
             FamilyRow(
                 name=family.name,
-                extent=int(family.extent),
-                kept=kept,
+                extent=extent,
+                kept=extent if kept is None else min(extent, kept.get(family.name, extent)),
                 parameters=family_parameters(family),
                 exactness=str(family.exactness),
-                reasons=tuple(map(str, family.reasons)),
+                reasons=_reasons(family),
                 prunable=bool(family.prunable),
             )
         )
     return sorted(rows, key=lambda row: (-row.parameters, row.name))
+
+
+def _reasons(family: Any) -> tuple[str, ...]:
+    if family.prunable:
+        return tuple(map(str, family.reasons))
+    return tuple(str(pin.reason) for pin in family.pins) or ("no parameter writes it",)
 
 
 def family_parameters(family: Any) -> int:
@@ -140,7 +158,7 @@ def pin_rows(families: Iterable[Any]) -> list[PinRow]:
     held: dict[tuple[str, str | None], dict[str, int]] = {}
     for family in families:
         for pin in family.pins:
-            place = held.setdefault((str(pin.reason), pin.where), {})
+            place = held.setdefault((str(pin.reason), pin.where or None), {})
             place[family.name] = family_parameters(family)
     rows = [
         PinRow(reason, where, tuple(owned), sum(owned.values()))
@@ -195,24 +213,17 @@ def _batches_name(
     return f"{count} calibration batch{plural}" if calibration is not None else "the example inputs"
 
 
-def _families(program: Program) -> list[Any]:
+def _families_left(before: Program, after: Program) -> Iterable[Any] | None:
+    if not any(axes for axes in after.kept.values()) and not after.history:
+        return None
+    return cast("Iterable[Any]", program_families(after))
+
+
+def program_families(program: Program) -> Any:
+    """The families of a program (`torchlathe.passes.ZeroInvariantGroups`)."""
     from torchlathe.passes import ZeroInvariantGroups
 
-    return list(program.analysis(ZeroInvariantGroups))
-
-
-def _kept_units(part: Any, extent: int, before: Program, after: Program) -> int:
-    name = before.aliases.get(part.name, part.name)
-    kept = after.kept.get(name, {}).get(part.axis)
-    if kept is None:
-        return int(extent)
-    # Other families may hold other elements of the same axis (fused projections), so that only
-    # the lost elements that every unit would have are counted as this family's own.
-    total = before.tensor(name).shape[part.axis]
-    repeat = max(1, int(part.repeat))
-    if total == extent * repeat:
-        return len(kept) // repeat
-    return int(extent)
+    return program.analysis(ZeroInvariantGroups)
 
 
 def _parameter_rows(before: Program, after: Program) -> list[ParameterRow]:
@@ -226,7 +237,8 @@ def _parameter_rows(before: Program, after: Program) -> list[ParameterRow]:
     return rows
 
 
-def _input_texts(program: Program) -> list[str]:
+def input_texts(program: Program) -> list[str]:
+    """``name: float32[2, 16]`` of each example input."""
     from torch.utils import _pytree as pytree
 
     leaves = pytree.tree_leaves((tuple(program.example_inputs[0]), dict(program.example_inputs[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
     from torchlathe.tools.report import Report
 
-__all__ = ["family_table", "new_table", "pin_table", "renderables"]
+__all__ = ["cost_tables", "family_table", "new_table", "pin_table", "renderables"]
 
+_FOLDERS = re.compile(r"/(?:[^\s/:]+/)+(?=[^\s/:]+/[^\s/:]+:\d)")
 _MOST_FAMILIES = 12
 _MOST_PINS = 8
 _MOST_OUTPUTS = 12
@@ -90,7 +92,11 @@ def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
 
 
 def family_table(
-    rows: Sequence[Any], *, limit: int | None = None, name_width: int | None = None
+    rows: Sequence[Any],
+    *,
+    limit: int | None = None,
+    name_width: int | None = None,
+    with_kept: bool = True,
 ) -> RenderableType:
     """Families as a table.
 
@@ -98,30 +104,30 @@ def family_table(
         rows: Each as `FamilyRow`, largest first.
         limit: Show only so many.
         name_width: Show only the end of longer names; None folds them into lines.
+        with_kept: Tell how many units are left.
     """
     shown = rows[:limit]
     left = len(rows) - len(shown)
-    table = new_table(
-        "Families",
-        "*family",
-        ">units",
-        ">kept",
-        ">params",
-        "exactness",
-        caption=f"... and {left} smaller ones" if left > 0 else None,
-    )
+    columns = ["*family", ">units", ">kept", ">params", "exactness"]
+    if not with_kept:
+        columns.remove(">kept")
+    caption = f"... and {left} smaller ones" if left > 0 else None
+    table = new_table("Families", *columns, caption=caption)
     for row in shown:
         how = row.exactness if row.prunable else "pinned"
-        if row.reasons:
-            how += f" ({row.reasons[0]})"
-        kept = count_text(row.kept) if row.kept != row.extent else "all"
-        table.add_row(
+        if reason := reason_text(row):
+            how += f" ({reason})"
+        cells: list[RenderableType] = [
             escape(shorten(row.name, name_width) if name_width else row.name),
             count_text(row.extent),
-            Text(kept, style="green" if row.kept != row.extent else "dim"),
             count_text(row.parameters),
             Text(how, style="" if row.exactness.startswith("exact") else "yellow"),
-        )
+        ]
+        if with_kept:
+            less = row.kept != row.extent
+            kept = count_text(row.kept) if less else "all"
+            cells.insert(2, Text(kept, style="green" if less else "dim"))
+        table.add_row(*cells)
     return _apart(table)
 
 
@@ -147,14 +153,48 @@ def pin_table(rows: Sequence[Any], *, limit: int | None = None) -> RenderableTyp
     return _apart(table)
 
 
-def short_place(where: str | None, parts: int = 2) -> str:
-    """A source line without the folders that lead to it: ``bert/modeling_bert.py:12 (forward)``."""
-    if not where:
-        return ""
-    head, colon, tail = where.partition(":")
-    if "/" not in head:
-        return where
-    return "/".join(head.split("/")[-parts:]) + colon + tail
+def cost_tables(cost: Any, *, limit: int | None = None) -> Iterator[RenderableType]:
+    """Cost by operator and by module, as tables."""
+    if cost is None:
+        yield _apart(Text("Cost: not known, for a size depends on the data"))
+        return
+    for title, heading, rows in (
+        ("Cost by operator", "operator", cost.operators),
+        ("Cost by module", "module", cost.modules),
+    ):
+        shown = rows[:limit]
+        left = len(rows) - len(shown)
+        total = sum(row.flops for row in rows)
+        table = new_table(
+            title,
+            f"*{heading}",
+            ">calls",
+            ">FLOPs",
+            ">share",
+            ">traffic",
+            ">params",
+            caption=f"... and {left} cheaper ones" if left > 0 else None,
+        )
+        for row in shown:
+            table.add_row(
+                escape(row.name),
+                count_text(row.calls),
+                flops_text(row.flops) if row.flops else "",
+                share_text(row.flops / total) if row.flops else "",
+                bytes_text(row.bytes),
+                count_text(row.parameters) if row.parameters else "",
+            )
+        yield _apart(table)
+
+
+def short_place(text: str | None) -> str:
+    """The same text with paths cut to file and folder: ``bert/modeling_bert.py:12 (forward)``."""
+    return _FOLDERS.sub("", text or "")
+
+
+def reason_text(row: Any) -> str:
+    """The first reason of a family's verdict, without the place."""
+    return row.reasons[0].partition(": %")[0] if row.reasons else ""
 
 
 def _totals(report: Report) -> RenderableType:

@@ -19,8 +19,9 @@ from torch.export import Dim
 
 from tests.zoo.zoo_model import Inputs, randomised
 
-__all__ = ["Plan", "RandomNet", "Step", "build", "inputs", "plans"]
+__all__ = ["SOURCES", "Plan", "RandomNet", "Step", "build", "inputs", "plans"]
 
+SOURCES = ("image", "sequence", "tokens", "vector")
 WIDTHS = (4, 6, 8, 12)
 EDGE = 8
 VOCABULARY = 11
@@ -108,7 +109,7 @@ def _draw_step(draw: Any, values: list[Value]) -> Step:
     if value.kind == "sequence":
         choices += ["attention", "attention", "fused_attention", "swiglu", "shared", "mean"]
     if value.kind == "vector":
-        choices += ["shared", "regroup"]
+        choices += ["shared", "regroup"] if value.width % 2 == 0 else ["shared"]
     if twice:
         choices.append("tied")
     op = draw(st.sampled_from(choices))
@@ -173,9 +174,8 @@ def _draw_step(draw: Any, values: list[Value]) -> Step:
 
 
 @st.composite
-def plans(draw: Any, *, steps: int = 8) -> Plan:
-    """A random plan of up to this many steps."""
-    source = draw(st.sampled_from(["image", "image", "tokens", "sequence", "vector"]))
+def plans(draw: Any, source: str, *, steps: int = 8) -> Plan:
+    """A random plan of up to this many steps, on one of `SOURCES`."""
     width = draw(st.sampled_from(WIDTHS))
     kind = "sequence" if source == "tokens" else source
     values = [Value(kind, width, EDGE if kind == "image" else 0)]

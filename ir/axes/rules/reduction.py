@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Rule, Terms, Value, Values, argument
+from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Layout, Rule, Terms, Value, Values, argument
 from torchlathe.ir.axes.terms import ONE, Term
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class Reduce(Rule):
             for row in flow.index.results(node)
         ]
         return rows if isinstance(node.meta["val"], list | tuple) else rows[0]
+
+    def reads(self, node: fx.Node, operand: fx.Node, layout: Layout | None) -> set[int]:
+        """The reduced axes."""
+        return reduced_axes(node, operand.meta["val"].dim())
 
     def _lost(self, node: fx.Node, value: Value, flow: Flow) -> None:
         if not value.is_zero:

@@ -1,0 +1,148 @@
+"""Erasing units of families: the mechanics that every structured rewrite shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from torchlathe.ir import InputError, Program
+from torchlathe.ir.axes import Atom, AxisMap, Concat, Resize, Term, rule_of
+from torchlathe.ir.interpreting import ReplaceTensor
+from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
+
+__all__ = ["erase_units", "unit_indices"]
+
+
+def erase_units(
+    program: Program, units: Mapping[Family, torch.Tensor], *, by: str = ""
+) -> ReplaceTensor:
+    """Erase units of families, with everything that follows from it.
+
+    Slices of tensors go, every static integer is recomputed from the axis terms, and norms and
+    means that still have to count the erased zeros are corrected.
+
+    Args:
+        program: Changed in place, through one edit.
+        units: Per family of this program's `ZeroInvariantGroups`, which units to erase; int64
+            indices, shape (erased,), in any order.
+        by: Text form of the pass, for provenance.
+
+    Returns:
+        The reference: a function of (name, tensor) that zeroes the slices which write to the
+        erased indices. Applied to the tensors of the program before, it makes the full-size
+        model that an exact erase equals.
+
+    Raises:
+        InputError: A family that is pinned, an index out of range, or all units of a family.
+    """
+    families = program.analysis(ZeroInvariantGroups)
+    kept: dict[int, torch.Tensor] = {}
+    for family, indices in units.items():
+        mask = _mask(family, indices)
+        if not bool(mask.all()):
+            kept[family.atom.number] = mask
+    chosen = [f for f in units if f.atom.number in kept]
+    axis_map, index = families.axis_map, families.index
+    zeroed = _zeroed_slices(program, chosen, kept, axis_map)
+    touched: set[fx.Node] = set()
+    for family in chosen:
+        touched.update(index.touching[family.atom.number])
+    corrected = frozenset(node for family in chosen for node in family.corrected)
+    with program.edit(by) as edit:
+        resize = Resize(axis_map, kept, edit, corrected)
+        for name, axes in zeroed.items():
+            for axis, indices in axes.items():
+                edit.record_zeroed(name, axis, indices)
+        for name, node in program.tensor_nodes.items():
+            masks = {
+                axis: mask.nonzero().flatten()
+                for axis, term in enumerate(axis_map.terms(node))
+                if (mask := resize.mask(term)) is not None
+            }
+            if masks:
+                edit.keep(name, masks)
+        for node in list(program.graph.nodes):
+            if node in touched and node.op == "call_function":
+                rule = rule_of(node)
+                assert rule is not None, node
+                rule.resize(node, resize)
+    return _reference(zeroed)
+
+
+def _mask(family: Family, indices: torch.Tensor) -> torch.Tensor:
+    if not family.prunable:
+        why = f": {family.pins[0]}" if family.pins else ""
+        raise InputError(f"units of {family.name} cannot be erased{why}")
+    mask = torch.ones(family.extent, dtype=torch.bool)
+    if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < family.extent):
+        raise InputError(
+            f"{family.name} has units 0 to {family.extent - 1}, asked to erase "
+            f"{int(indices.min())} to {int(indices.max())}"
+        )
+    mask[indices.cpu().long()] = False
+    if not bool(mask.any()):
+        raise InputError(
+            f"all {family.extent} units of {family.name} would be erased",
+            hint="keep at least one; to remove whole layers is another pass",
+        )
+    return mask
+
+
+def _zeroed_slices(
+    program: Program,
+    chosen: list[Family],
+    kept: Mapping[int, torch.Tensor],
+    axis_map: AxisMap,
+) -> dict[str, dict[int, torch.Tensor]]:
+    """Per tensor and writing axis, the indices that the erased units own."""
+    nodes = program.tensor_nodes
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for family in chosen:
+        mask = kept[family.atom.number]
+        for part in family.writers:
+            term = axis_map.terms(nodes[part.name])[part.axis]
+            owner = unit_indices(term, family.atom.number)
+            gone = (~mask[owner.clamp_min(0)] & (owner >= 0)).nonzero().flatten()
+            axes = found.setdefault(part.name, {})
+            if part.axis in axes:
+                gone = torch.cat([axes[part.axis], gone]).unique()
+            axes[part.axis] = gone
+    return found
+
+
+def _reference(zeroed: Mapping[str, Mapping[int, torch.Tensor]]) -> ReplaceTensor:
+    def reference(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        axes = zeroed.get(name)
+        if not axes:
+            return tensor
+        tensor = tensor.detach().clone()
+        for axis, indices in axes.items():
+            tensor.index_fill_(axis, indices.to(tensor.device), 0)
+        return tensor
+
+    return reference
+
+
+def unit_indices(term: Term, number: int) -> torch.Tensor:
+    """Which unit of an atom each index of an axis belongs to.
+
+    Args:
+        term: A resolved term with static extents.
+        number: The atom's number.
+
+    Returns:
+        Shape (extent,) int64; -1 where the index belongs to none.
+    """
+    if isinstance(term, Atom):
+        if term.number == number:
+            return torch.arange(term.extent)
+        return torch.full((term.extent,), -1)
+    if isinstance(term, Concat):
+        return torch.cat([unit_indices(piece, number) for piece in term.pieces])
+    result = torch.full((1,), -1)
+    for factor in term.factors:
+        own = unit_indices(factor, number)
+        result = torch.maximum(result[:, None], own[None, :]).flatten()
+    return result
