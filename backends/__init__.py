@@ -3,11 +3,11 @@
 if __name__ != "torchlathe.backends":
     raise ImportError("import torchlathe.backends, not backends")
 
-#from torchlathe.backends.artifact import load, manifest, save
+from torchlathe.backends.artifact import load, manifest, save
 from torchlathe.backends.base import Backend, Lowerable, backend_names, get_backend
 from torchlathe.backends.compiled import CompiledModel
 from torchlathe.backends.eager import Eager
-#from torchlathe.backends.graph_json import SavedReport
+from torchlathe.backends.graph_json import SavedReport
 from torchlathe.backends.inductor import Inductor
 
 __all__ = [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx
 
+from torchlathe.backends.completing import complete
 from torchlathe.ir import BackendError, Program, info
 
 __all__ = ["ENTRY_POINTS", "Backend", "FlatCallable", "Lowerable", "backend_names", "get_backend"]
@@ -25,20 +25,47 @@ _TABLE = {
 }
 
 
-@dataclass(frozen=True)
 class Lowerable:
     """A program together with the live tensors that it is to read.
 
     Attributes:
-        program: What to run. A backend reads it and leaves it as it is.
         tensors: Tree of plain modules that holds each tensor; the compiled model's own registries,
             so an optimizer step or ``load_state_dict`` is seen at the next call.
         paths: Per tensor name of the program, the dotted path in ``tensors``.
     """
 
-    program: Program
-    tensors: torch.nn.Module
-    paths: dict[str, str]
+    def __init__(
+        self, program: Program, tensors: torch.nn.Module, paths: Mapping[str, str]
+    ) -> None:
+        self._program = program
+        self.tensors = tensors
+        self.paths = paths
+
+    @property
+    def program(self) -> Program:
+        """What to run, with the metadata of each node. A backend leaves it as it is."""
+        complete(self._program)
+        return self._program
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the program, of a loaded one at no cost: its nodes may lack metadata."""
+        return self._program.graph
+
+    @property
+    def name(self) -> str:
+        """Class name of the captured module."""
+        return self._program.model_name
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether an input has a symbolic dimension."""
+        return any(
+            not isinstance(extent, int)
+            for node in self._program.input_nodes
+            if isinstance(value := node.meta.get("val"), torch.Tensor)
+            for extent in value.shape
+        )
 
     def graph_module(self) -> fx.GraphModule:
         """The program as a module of its flat inputs, in the form that ``torch.compile`` likes.
@@ -47,7 +74,7 @@ class Lowerable:
         """
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
-        for node in self.program.nodes:
+        for node in self.graph.nodes:
             name = info(node).tensor if node.op == "placeholder" else None
             if name is None:
                 mapping[node] = graph.node_copy(node, mapping.__getitem__)
@@ -57,7 +84,7 @@ class Lowerable:
             mapping[node] = new
         root = torch.nn.Module()
         root.tensors = self.tensors
-        module = fx.GraphModule(root, graph, self.program.model_name)
+        module = fx.GraphModule(root, graph, self.name)
         # GraphModule copies the attributes that the graph reads into modules of its own; the
         # live ones take their place, so that a replaced buffer is not missed.
         module._modules["tensors"] = self.tensors
@@ -66,7 +93,7 @@ class Lowerable:
     def places(self) -> list[tuple[torch.nn.Module, str]]:
         """Owner and attribute of each tensor, in the order of the program's placeholders."""
         found = []
-        for name in self.program.tensor_nodes:
+        for name in self._program.tensor_nodes:
             owner, _, attribute = self.paths[name].rpartition(".")
             found.append((self.tensors.get_submodule(owner), attribute))
         return found

@@ -23,6 +23,8 @@ class _Leaf:
         dtype: Of a tensor; None for another value, which must equal ``constant``.
         static: (axis, extent) of each static dimension.
         symbols: (axis, number of the symbol, least, greatest) of each dimension that is a symbol.
+        constant: The value of what is not a tensor.
+        quick: Whether this is all that there is to check.
     """
 
     index: int
@@ -31,6 +33,7 @@ class _Leaf:
     static: tuple[tuple[int, int], ...] = ()
     symbols: tuple[tuple[int, int, int, int], ...] = ()
     constant: Any = None
+    quick: bool = True
 
 
 class Convention:
@@ -52,6 +55,8 @@ class Convention:
             if (leaf := _leaf(program, index, node.meta.get("val"), numbers)) is not None
         ]
         self._count = len(program.input_nodes)
+        # Extents that follow from others, such as 2*s0, are left to the program.
+        self._quick = all(leaf.quick for leaf in self._leaves)
         self._symbols = len(numbers)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -73,7 +78,7 @@ class Convention:
         return pytree.tree_unflatten(list(outputs), self._out_spec)
 
     def _fits(self, leaves: list[Any]) -> bool:
-        if len(leaves) != self._count:
+        if len(leaves) != self._count or not self._quick:
             return False
         extents: list[int | None] = [None] * self._symbols
         for leaf in self._leaves:
@@ -101,24 +106,29 @@ def _leaf(program: Program, index: int, value: Any, numbers: dict[Any, int]) -> 
         return None
     if not isinstance(value, torch.Tensor):
         return _Leaf(index, None, constant=value)
-    static, symbols = [], []
+    quick = True
+    static: list[tuple[int, int]] = []
+    symbols: list[tuple[int, int, int, int]] = []
     for axis, extent in enumerate(value.shape):
         if isinstance(extent, int):
             static.append((axis, extent))
             continue
         symbol = extent.node.expr
         if not symbol.is_symbol:
+            quick = False
             continue
         number = numbers.setdefault(symbol, len(numbers))
         limits = program.range_constraints.get(symbol)
-        least, greatest = (0, _MOST) if limits is None else (limits.lower, limits.upper)
-        symbols.append((axis, number, _bounded(least), _bounded(greatest)))
-    return _Leaf(index, value.dtype, value.dim(), tuple(static), tuple(symbols))
+        least = 0 if limits is None else _finite(limits.lower, 0)
+        greatest = _MOST if limits is None else _finite(limits.upper, _MOST)
+        symbols.append((axis, number, least, greatest))
+    return _Leaf(index, value.dtype, value.dim(), tuple(static), tuple(symbols), quick=quick)
 
 
 _MOST = 2**63 - 1
 
 
-def _bounded(limit: Any) -> int:
-    """A limit of a range as an int; infinities become the largest extent there is."""
-    return int(limit) if limit.__class__ is int or getattr(limit, "is_Integer", False) else _MOST
+def _finite(limit: Any, otherwise: int) -> int:
+    """The end of a range as an int, unless it is an infinity."""
+    finite = isinstance(limit, int) or getattr(limit, "is_Integer", False)
+    return int(limit) if finite else otherwise

@@ -13,17 +13,22 @@ from torch.export import ExportedProgram
 
 from torchlathe.backends.base import Backend, FlatCallable, Lowerable, get_backend
 from torchlathe.backends.calling import Convention
+from torchlathe.backends.completing import complete
 from torchlathe.backends.module_tree import own_entries, refresh, tensor_tree, tie
 from torchlathe.backends.moving import moved, places_after
 from torchlathe.ir import InputError, Program, UnsupportedError
+from torchlathe.ir.extents import expression, symbol_names
+from torchlathe.ir.inputs import input_paths
 
 __all__ = ["CompiledModel"]
 
 
 @dataclass
 class _State:
-    """Everything that a CompiledModel has beside its tensors; one attribute, so that no name of
-    a tensor or submodule of the model can clash with it."""
+    """Everything that a CompiledModel has beside its tensors.
+
+    It is one attribute, so that no name of a tensor or submodule can clash with it.
+    """
 
     program: Program
     backend: Backend
@@ -97,6 +102,7 @@ class CompiledModel(torch.nn.Module):
     def program(self) -> Program:
         """The program with the tensors as they are now; edit a ``copy()`` of it."""
         state: _State = self.__dict__["_torchlathe"]
+        complete(state.program)
         refresh(state.program, state.tensors, state.paths)
         versions = tuple(
             number
@@ -147,8 +153,7 @@ class CompiledModel(torch.nn.Module):
         Raises:
             InputError: There is no such tensor or axis.
         """
-        tensors = dict(self.named_parameters(remove_duplicate=False))
-        tensors.update(self.named_buffers(remove_duplicate=False))
+        tensors = _named_tensors(self)
         if name not in tensors:
             raise InputError(f"the compiled model has no tensor {name!r}")
         tensor = tensors[name]
@@ -201,7 +206,7 @@ class CompiledModel(torch.nn.Module):
         places = places_after([entry.tensor for entry in entries], fn)
         # Before any tensor changes: what the graph cannot follow leaves the model as it was.
         after = moved(program, places) if places else program
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tie(after, state.tensors, state.paths)
         refresh(after, state.tensors, state.paths)
         if places:
@@ -285,13 +290,12 @@ def _check_original(program: Program, name: str, own: dict[str, torch.Tensor]) -
 
 
 def _signature(program: Program) -> str:
-    from torchlathe.ir.inputs import input_paths
-
-    parts = []
+    names, parts = symbol_names(program), []
     for path, node in zip(input_paths(program), program.input_nodes, strict=True):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            extents = ", ".join(str(extent) for extent in value.shape)
+            exprs = (expression(extent) for extent in value.shape)
+            extents = ", ".join(str(e if isinstance(e, int) else e.xreplace(names)) for e in exprs)
             parts.append(f"{path} {str(value.dtype).removeprefix('torch.')}[{extents}]")
         else:
             parts.append(f"{path}={value!r}")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import struct
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +22,15 @@ from typing import Any, BinaryIO
 
 from torchlathe.ir import ArtifactError
 
-__all__ = ["FORMAT", "MANIFEST", "VERSION", "Container", "Member", "read_container", "write_container"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "Container",
+    "Member",
+    "read_container",
+    "write_container",
+]
 
 FORMAT = "torchlathe"
 VERSION = 1
@@ -64,28 +72,18 @@ def write_container(
         ArtifactError: The file system refuses.
     """
     path = Path(path)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "w+b") as file:
+        with open(draft, "x+b") as file:
             _write(file, dict(manifest), members)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+        os.replace(draft, path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot write {path}: {error}") from error
     finally:
         with suppress(OSError):
-            os.unlink(name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            os.unlink(draft)
 
 
 def _write(file: BinaryIO, manifest: dict[str, Any], members: Iterable[Member]) -> None:

@@ -30,7 +30,7 @@ class Eager:
 
     def lower(self, source: Lowerable) -> FlatCallable:
         """Return the program as a function of its flat inputs."""
-        run = _function(source.program.graph)
+        run = _function(source.graph)
         places = source.places()
         # Looking into the registries skips the search of Module.__getattr__ (0.3 us a tensor).
         slots = [

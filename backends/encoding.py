@@ -23,16 +23,15 @@ _OP = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 
 # What torch.export leaves in a graph for arithmetic on sizes, and for tuples.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f"operator.{name}": getattr(operator, name)
-    for name in (
-        "getitem add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ not_"
-    ).split()
-}
-_FUNCTIONS |= {f"math.{name}": getattr(math, name) for name in ("trunc", "ceil", "floor", "sqrt")}
-_FUNCTIONS |= {
-    f"torch.{name}": getattr(torch, name)
-    for name in "sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt".split()
-    if hasattr(torch, name)
+    f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
+    for module, names in (
+        (operator, ("getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg")),
+        (operator, ("pos", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")),
+        (math, ("trunc", "ceil", "floor", "sqrt")),
+        (torch, ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum")),
+    )
+    for name in names
+    if hasattr(module, name)
 }
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
@@ -41,13 +40,10 @@ _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _TORCH_COMPUTES = frozenset(
     {"aten", "prims", "quantized", "_quantized", "quantized_decomposed", "mkldnn", "sparse"}
 )
-_TORCH_OTHERS = frozenset(
-    """
-    _c10d_functional _c10d_functional_autograd _dtensor _inductor_test _native _test c10d
-    c10d_functional debug_mode_ops debugprims export flex_lib fsdp higher_order inductor
-    inductor_prims mkl mkldnn_prepacked onednn onnx onnx_symbolic prim profiler quantization
-    rngprims static_runtime streams symm_mem triton_kernels
-    """.split()
+_TORCH_OTHERS = re.compile(
+    r"_?c10d_functional(_autograd)?|_dtensor|_?inductor(_test|_prims)?|_native|_test|c10d|"
+    r"debug_mode_ops|debugprims|export|flex_lib|fsdp|higher_order|mkl|mkldnn_prepacked|onednn|"
+    r"onnx(_symbolic)?|prim|profiler|quantization|rngprims|static_runtime|streams|symm_mem"
 )
 # Ops that reach outside of the process, or that read what is in no tensor.
 _REFUSED_OPS = frozenset({"aten::from_file", "aten::save", "aten::_print", "aten::warn"})
@@ -99,7 +95,7 @@ def resolve_op(name: Any) -> Callable[..., Any]:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     match = _OP.fullmatch(name)
-    if match is None or match[1] in _TORCH_OTHERS:
+    if match is None or _TORCH_OTHERS.fullmatch(match[1]):
         raise ArtifactError(f"a saved model may not call {name!r}")
     # Only registered ops are taken: namespaces and packets have other attributes as well.
     space = getattr(torch.ops, match[1], None)

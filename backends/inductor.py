@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from torchlathe.backends.base import FlatCallable, Lowerable
-from torchlathe.ir import BackendError, OptionError, Program
+from torchlathe.ir import BackendError, OptionError
 
 __all__ = ["Inductor"]
 
@@ -50,7 +50,7 @@ class Inductor:
         Raises:
             BackendError: ``torch.compile`` does not take the options.
         """
-        dynamic = _symbolic(source.program) if self.dynamic is None else self.dynamic
+        dynamic = source.dynamic if self.dynamic is None else self.dynamic
         how: dict[str, Any] = {"options": dict(self.options)} if self.options else {}
         if self.mode != "default":
             how["mode"] = self.mode
@@ -69,22 +69,13 @@ class Inductor:
                 if not _from_compiler(error):
                     raise
                 raise BackendError(
-                    f"the inductor could not compile {source.program.model_name}: "
+                    f"the inductor could not compile {source.name}: "
                     f"{type(error).__name__}: {_first_lines(error)}",
-                    hint='a C++ compiler (g++) must be on the path, on a GPU also Triton; '
+                    hint="a C++ compiler (g++) must be on the path, on a GPU also Triton; "
                     'backend="eager" needs neither',
                 ) from error
 
         return call
-
-
-def _symbolic(program: Program) -> bool:
-    return any(
-        not isinstance(extent, int)
-        for node in program.input_nodes
-        if isinstance(value := node.meta.get("val"), torch.Tensor)
-        for extent in value.shape
-    )
 
 
 def _from_compiler(error: Exception) -> bool:

@@ -117,7 +117,7 @@ def _register(root: torch.nn.Module, name: str, entry: TensorEntry) -> None:
             child.training = False
         owner = child
     if not _printable(name):
-        raise BackendError(f"the tensor name {name!r} has quotes, backslashes or control characters")
+        raise BackendError(f"{name!r} cannot be the name of a tensor in a module")
     if leaf in owner._modules or leaf in owner._parameters or leaf in owner._buffers:
         raise _clash(name)
     if entry.kind is TensorKind.PARAMETER:
@@ -130,7 +130,7 @@ def _register(root: torch.nn.Module, name: str, entry: TensorEntry) -> None:
 
 def _printable(name: str) -> bool:
     """Whether a name can stand in generated code: it may come from a file."""
-    return name.isprintable() and not set(name) & set("'\"\\")
+    return name.isprintable() and not set(name) & set("'\"\\") and all(name.split("."))
 
 
 def _clash(name: str) -> BackendError:

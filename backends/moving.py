@@ -67,8 +67,8 @@ def moved(program: Program, places: Mapping[Place, Place]) -> Program:
                         device=literal(value.device),
                     )
             elif node.op == "call_function":
-                node.args = fx.node.map_aggregate(node.args, literal)  # type: ignore[assignment]
-                node.kwargs = fx.node.map_aggregate(node.kwargs, literal)  # type: ignore[assignment]
+                node.args = fx.node.map_aggregate(node.args, literal)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, literal)
                 node.meta["val"] = fake_run(node, mode)
                 node.meta.pop("tensor_meta", None)
     except Error as error:

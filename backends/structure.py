@@ -8,9 +8,11 @@ comes back as a plain dict or tuple, with a warning.
 
 from __future__ import annotations
 
+import collections
 import re
+import sys
 import warnings
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, deque
 from importlib import import_module
 from typing import Any
 
@@ -28,6 +30,8 @@ _PLAIN: dict[str, Any] = {
     "OrderedDict": OrderedDict,
     "deque": deque,
 }
+# pytree files every named tuple under the function that makes their classes.
+_NAMED_TUPLE: Any = collections.namedtuple  # noqa: PYI024
 _PLAIN_NAMES = {kind: name for name, kind in _PLAIN.items()}
 
 # Modules that hold nothing but models and their containers; a file may have them imported.
@@ -48,7 +52,7 @@ def encode_structure(spec: pytree.TreeSpec) -> Any:
     data: dict[str, Any] = {"children": [encode_structure(child) for child in children]}
     if spec.type in _PLAIN_NAMES:
         data["type"] = _PLAIN_NAMES[spec.type]
-    elif spec.type is namedtuple:
+    elif spec.type is _NAMED_TUPLE:
         data["type"] = "namedtuple"
         data["class"] = _type_name(context)
         data["keys"] = list(context._fields)
@@ -130,7 +134,7 @@ def _plain_twin(data: dict[str, Any], children: list[pytree.TreeSpec]) -> pytree
         )
         twin = None
     if twin is not None:
-        return pytree.TreeSpec(namedtuple, twin, children)
+        return pytree.TreeSpec(_NAMED_TUPLE, twin, children)
     if keyed:
         return pytree.TreeSpec(dict, _checked_keys(data["keys"], children), children)
     return pytree.TreeSpec(tuple, None, children)
@@ -138,8 +142,6 @@ def _plain_twin(data: dict[str, Any], children: list[pytree.TreeSpec]) -> pytree
 
 def _named_tuple(data: dict[str, Any]) -> Any:
     """The class of a named tuple if its module is loaded and the class is what it was."""
-    import sys
-
     module, _, name = data["class"].partition(":")
     found = getattr(sys.modules.get(module), name, None)
     if isinstance(found, type) and pytree.is_namedtuple_class(found):

@@ -83,9 +83,7 @@ def tensor_member(tensors: Mapping[str, torch.Tensor]) -> tuple[int, Iterator[by
     return 8 + len(text) + offset, pieces()
 
 
-def read_tensors(
-    size: int, read_into: Callable[[memoryview], None]
-) -> dict[str, torch.Tensor]:
+def read_tensors(size: int, read_into: Callable[[memoryview], None]) -> dict[str, torch.Tensor]:
     """Read all tensors of a member, each into memory of its own.
 
     Args:
@@ -107,14 +105,12 @@ def read_tensors(
     for name, dtype, shape, count in layout:
         data = torch.empty(count, dtype=torch.uint8)
         if count:
-            read_into(memoryview(data.numpy()))
-        tensors[name] = torch.empty(0, dtype=dtype).set_(data.untyped_storage(), 0, shape)
+            read_into(data.numpy().data)
+        tensors[name] = _over(data.untyped_storage(), 0, shape, dtype)
     return tensors
 
 
-def _layout(
-    text: bytearray, size: int
-) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
+def _layout(text: bytearray, size: int) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
     """Name, dtype, shape and bytes of each tensor in the order of the data, which it must fill."""
     try:
         header = json.loads(bytes(text))
@@ -130,7 +126,8 @@ def _layout(
         dtype, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
         if not (isinstance(dtype, str) and dtype in DTYPES and _sizes(shape) and _sizes(offsets)):
             raise _broken(f"{name} has an impossible dtype, shape or place")
-        assert isinstance(shape, list) and isinstance(offsets, list)
+        assert isinstance(shape, list)
+        assert isinstance(offsets, list)
         count = math.prod(shape) * DTYPES[dtype].itemsize
         if len(offsets) != 2 or offsets[1] - offsets[0] != count:
             raise _broken(f"{name} does not have the size of its shape")
@@ -153,9 +150,16 @@ def _sizes(value: Any) -> bool:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous()
     size = flat.numel() * flat.element_size()
-    start = flat.storage_offset() * flat.element_size()
-    raw = torch.empty(0, dtype=torch.uint8).set_(flat.untyped_storage(), start, (size,))
-    return memoryview(raw.numpy())
+    start = int(flat.storage_offset()) * flat.element_size()
+    return _over(flat.untyped_storage(), start, (size,), torch.uint8).numpy().data
+
+
+def _over(
+    storage: torch.UntypedStorage, start: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """A row-major tensor over a storage; unlike the result of a view, it has no base."""
+    stride = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=dtype).set_(storage, start, shape, stride)
 
 
 def _broken(text: str) -> ArtifactError:

@@ -74,7 +74,7 @@ def capture(
     elif isinstance(dynamic_shapes, str):
         raise InputError(f'dynamic_shapes={dynamic_shapes!r} is not known; the one text is "auto"')
     _register_containers()
-    with _eval_mode(model):
+    with eval_mode(model):
         exported = _export(model, args, kwargs, dynamic_shapes)
     program = from_exported(exported, (args, kwargs), model=model)
     program.model_name = type(model).__name__
@@ -168,10 +168,8 @@ _KINDS = {
 def _entry(
     exported: ExportedProgram, kind: InputKind, name: str, persistent: bool | None
 ) -> TensorEntry:
-    if name in exported.state_dict:
-        tensor = exported.state_dict[name]
-    else:
-        tensor = exported.constants[name]
+    held = exported.state_dict if name in exported.state_dict else exported.constants
+    tensor = held[name]
     keep = kind is InputKind.PARAMETER or (kind is InputKind.BUFFER and persistent is not False)
     return TensorEntry(tensor, _KINDS[kind], keep)
 
@@ -184,9 +182,9 @@ def _merge_tied(
     model: torch.nn.Module | None,
 ) -> dict[str, str]:
     """Let names that share one tensor share one placeholder; return alias to kept name."""
-    own = {}
+    own: dict[str, torch.Tensor] = {}
     if model is not None:
-        own = dict(model.named_parameters(remove_duplicate=False))
+        own.update(model.named_parameters(remove_duplicate=False))
         own.update(model.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -298,7 +296,7 @@ def _mark_batch(
 
 
 @contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -420,7 +418,7 @@ def _register_containers() -> None:
     if "transformers.cache_utils" not in sys.modules:
         return
     try:
-        from transformers.integrations.executorch import (  # type: ignore[import-untyped]
+        from transformers.integrations.executorch import (
             register_dynamic_cache_export_support,
         )
 

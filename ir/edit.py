@@ -6,16 +6,17 @@ the graph, and the provenance. `Edit` keeps them together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torchlathe.ir.errors import Error, VerifyError
 from torchlathe.ir.program import TensorEntry, TensorKind
-from torchlathe.ir.provenance import describe, info, set_info
+from torchlathe.ir.provenance import describe, set_info
 
 if TYPE_CHECKING:
     from torchlathe.ir.program import Program
@@ -70,6 +71,60 @@ def _same_extent(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def _select(tensor: torch.Tensor, axis: int, indices: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, FakeTensor) and not isinstance(indices, FakeTensor):
+        # Captured without memory for the weights: what is left has a shape and no values either.
+        return tensor.index_select(axis, tensor.fake_mode.from_tensor(indices))
+    return tensor.index_select(axis, indices.to(tensor.device))
+
+
+def resized(value: Any, shapes: Sequence[Sequence[Any]], mode: Any) -> Any:
+    """Fake values like these in other shapes; None where their strides have no simple order.
+
+    Propagating shapes with symbolic dimensions through an op takes milliseconds; where the
+    shapes are known already, only the strides are left to find, and those of a dense tensor
+    follow from the order of its axes.
+    """
+    if isinstance(value, list | tuple):
+        found = []
+        rest = list(shapes)
+        for item in value:
+            new = resized(item, [rest.pop(0)], mode) if isinstance(item, torch.Tensor) else item
+            if new is None and item is not None:
+                return None
+            found.append(new)
+        return type(value)(found) if isinstance(value, list | tuple) else found
+    order = _dense_order(value)
+    if order is None:
+        return None
+    shape = list(shapes[0])
+    strides: list[Any] = [0] * len(shape)
+    step: Any = 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step = step * shape[axis]
+    with mode:
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+
+def _dense_order(value: torch.Tensor) -> list[int] | None:
+    """Axes from outermost to innermost, if the tensor has no gaps and no overlaps."""
+
+    def hint(x: Any) -> Any:
+        return x.node.hint if isinstance(x, torch.SymInt) else x
+
+    sizes, strides = [hint(d) for d in value.shape], [hint(s) for s in value.stride()]
+    if any(x is None for x in (*sizes, *strides)):
+        return None
+    order = sorted(range(len(sizes)), key=lambda i: (-strides[i], i))
+    step = 1
+    for axis in reversed(order):
+        if sizes[axis] != 1 and strides[axis] != step:
+            return None
+        step *= sizes[axis]
+    return order
+
+
 class Edit:
     """Changes to one program, applied together when the ``with`` block ends.
 
@@ -77,13 +132,16 @@ class Edit:
         program: The program under change; reading it inside the block shows the changes so far,
             with metadata as it was before.
         count: Number of changes so far; zero means that the pass changed nothing.
+        stands_for: The node before the edit that a replacement took the place of.
     """
 
     def __init__(self, program: Program, by: str) -> None:
         self.program = program
         self.count = 0
         self._by = by
+        self.stands_for: dict[fx.Node, fx.Node] = {}
         self._stale: set[fx.Node] = set()
+        self._shapes: dict[fx.Node, Sequence[Sequence[Any]]] = {}
 
     # -- graph -----------------------------------------------------------------------------
 
@@ -116,11 +174,31 @@ class Edit:
         self.touch(node)
         return node
 
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every user of ``old`` but ``new`` itself read ``new``; dead code goes at the end."""
-        users = old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self._stale.update(users)
+    def replace(
+        self, old: fx.Node, new: fx.Node, users: Iterable[fx.Node] | None = None
+    ) -> None:
+        """Let users of ``old`` read ``new`` instead; dead code goes at the end.
+
+        Args:
+            old: The node that was read.
+            new: What stands for it from now on.
+            users: Which users; by default all but ``new`` itself. Collect them before making
+                ``new`` out of several nodes that read ``old``.
+        """
+        for user in [u for u in old.users if u is not new] if users is None else users:
+            user.replace_input_with(old, new)
+            self._stale.add(user)
+        self.stands_for[new] = self.stands_for.get(old, old)
         self.count += 1
+
+    def set_shape(self, node: fx.Node, shapes: Sequence[Sequence[Any]]) -> None:
+        """Tell the new shapes of a node's results, so that they need not be propagated.
+
+        Args:
+            node: A node that an op rule has adapted.
+            shapes: Per tensor result, extents (ints, and SymInts as they were).
+        """
+        self._shapes[node] = shapes
 
     def set_args(
         self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
@@ -191,7 +269,7 @@ class Edit:
         tensor = program.entries[name].tensor.detach()
         record = program.kept.setdefault(name, {})
         for axis, indices in axes.items():
-            tensor = tensor.index_select(axis, indices.to(tensor.device))
+            tensor = _select(tensor, axis, indices)
             before = record.get(axis)
             record[axis] = indices if before is None else before[indices]
         self.set_tensor(name, tensor.contiguous())
@@ -225,7 +303,13 @@ class Edit:
         for node in program.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node not in self._stale:
+            shapes = self._shapes.get(node)
+            if node not in self._stale and shapes is None:
+                continue
+            value = None if shapes is None else resized(node.meta["val"], shapes, mode)
+            if value is not None:
+                node.meta["val"] = value
+                node.meta.pop("tensor_meta", None)
                 continue
             value = fake_run(node, mode)
             if "val" not in node.meta or not _same_value(node.meta["val"], value):

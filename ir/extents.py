@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torchlathe.ir.program import Program
 
-__all__ = ["Extent", "as_int", "expression", "example_sizes", "symbol_names"]
+__all__ = ["Extent", "as_int", "example_sizes", "expression", "symbol_names"]
 
 Extent: TypeAlias = "int | sympy.Expr"
 
@@ -121,7 +121,9 @@ def _solve(found: sympy.Expr, got: int) -> dict[sympy.Symbol, int]:
         solutions = sympy.solve(found - got, symbols[0])
     except NotImplementedError:
         return {}
-    return {symbols[0]: int(s) for s in solutions[:1] if s.is_Integer}
+    if not solutions or not solutions[0].is_Integer:
+        return {}
+    return {symbols[0]: int(solutions[0])}
 
 
 def _natural(symbol: sympy.Symbol) -> tuple[str, int]:

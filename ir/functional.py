@@ -14,11 +14,12 @@ __all__ = ["drop_statistics_updates", "functionalize_in_place", "inline_wrapped_
 # Ops that may return their input, or a view of it, without saying so in the schema.
 _MAY_ALIAS = frozenset(
     f"aten::{name}"
-    for name in """
-    alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors contiguous dropout einsum
-    expand_as feature_alpha_dropout feature_dropout flatten float half meshgrid pixel_shuffle
-    pixel_unshuffle reshape reshape_as to type_as view_as
-    """.split()
+    for name in (
+        *("alpha_dropout", "dropout", "feature_alpha_dropout", "feature_dropout"),
+        *("atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "einsum", "meshgrid"),
+        *("contiguous", "flatten", "pixel_shuffle", "pixel_unshuffle", "reshape", "reshape_as"),
+        *("expand_as", "float", "half", "to", "type_as", "view_as"),
+    )
 )
 
 
@@ -223,8 +224,11 @@ def inline_wrapped_regions(graph_module: fx.GraphModule) -> bool:
                 continue
         else:
             continue
-        assert isinstance(body, fx.Node) and isinstance(body.target, str)
-        _inline(graph, node, graph_module.get_submodule(body.target).graph, operands)
+        assert isinstance(body, fx.Node)
+        assert isinstance(body.target, str)
+        inner = graph_module.get_submodule(body.target)
+        assert isinstance(inner, fx.GraphModule)
+        _inline(graph, node, inner.graph, operands)
         graph.erase_node(node)
         if not body.users:
             graph.erase_node(body)

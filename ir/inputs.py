@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchlathe.ir.errors import InputError
+from torchlathe.ir.extents import as_int, symbol_names
 
 if TYPE_CHECKING:
     from torch import fx
@@ -43,11 +44,11 @@ def flatten_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, A
             changed non-tensor argument.
     """
     expected = program.in_spec
-    # Keywords may come in any order; the spec has the order of the capture.
-    want = list(program.example_inputs[1])
-    if set(want) == set(kwargs):
-        kwargs = {name: kwargs[name] for name in want}
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    given: tuple[tuple[Any, ...], dict[str, Any]] = (tuple(args), dict(kwargs))
+    leaves, spec = pytree.tree_flatten(given)
+    if spec != expected:
+        # The keys of dictionaries, and keywords, may come in any order.
+        leaves, spec = pytree.tree_flatten(_in_order(given, expected))
     if spec != expected:
         raise InputError(
             f"called with {_call_text(args, kwargs)}, but captured with "
@@ -64,6 +65,20 @@ def flatten_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, A
     return leaves
 
 
+def _in_order(value: Any, spec: pytree.TreeSpec) -> Any:
+    """Bring the keys of the dictionaries in a value into the order of a spec."""
+    if spec.is_leaf():
+        return value
+    parts = spec.children()
+    if type(value) is dict and spec.type is dict and value.keys() == set(spec.context):
+        return {
+            key: _in_order(value[key], part) for key, part in zip(spec.context, parts, strict=True)
+        }
+    if type(value) in (tuple, list) and len(value) == len(parts):
+        return type(value)(_in_order(item, part) for item, part in zip(value, parts, strict=True))
+    return value
+
+
 def _check_leaf(
     program: Program, index: int, node: fx.Node, leaf: Any, symbols: dict[Any, int]
 ) -> None:
@@ -72,20 +87,22 @@ def _check_leaf(
     def fail(message: str, hint: str) -> InputError:
         return InputError(f"input {input_paths(program)[index]}: {message}", hint=hint)
 
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return
     if not isinstance(value, torch.Tensor):
-        if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) and value != leaf:
+        if type(value) is not type(leaf) or value != leaf:
             raise fail(
-                f"the graph was captured with the constant {value!r}, not {leaf!r}",
+                f"the graph was captured with the constant {value!r}, not {_brief(leaf)}",
                 "capture again with the other value: it decides which graph is traced",
             )
         return
     if not isinstance(leaf, torch.Tensor):
-        raise fail(f"expected a tensor, got {type(leaf).__name__}", "pass a tensor")
+        raise fail(f"expected a tensor, got {_brief(leaf)}", "pass a tensor")
     if leaf.dtype != value.dtype:
         raise fail(f"expected {value.dtype}, got {leaf.dtype}", f"convert with .to({value.dtype})")
     if leaf.dim() != value.dim():
         raise fail(
-            f"expected {value.dim()} dimensions {_shape(value)}, got {tuple(leaf.shape)}",
+            f"expected {value.dim()} dimensions {_shape(program, value)}, got {tuple(leaf.shape)}",
             "give the shape that the example inputs had",
         )
     for axis, (want, got) in enumerate(zip(value.shape, leaf.shape, strict=True)):
@@ -96,24 +113,51 @@ def _check_leaf(
                     "mark it dynamic: dynamic_shapes= as torch.export takes it",
                 )
             continue
-        symbol = want.node.expr
-        if not symbol.is_symbol:
-            continue
-        if symbols.setdefault(symbol, got) != got:
-            raise fail(
-                f"dimension {axis} is {got}, but {symbol} is {symbols[symbol]} elsewhere",
-                "inputs that share this dimension must have the same extent there",
-            )
-        limits = program.range_constraints.get(symbol)
-        if limits is not None and not (limits.lower <= got <= limits.upper):
-            raise fail(
-                f"dimension {axis} must be in [{limits.lower}, {limits.upper}], got {got}",
-                "capture again with a wider range",
-            )
+        problem = _symbolic_mismatch(program, want.node.expr, got, symbols)
+        if problem is not None:
+            message, hint = problem
+            raise fail(f"dimension {axis} {message}", hint)
 
 
-def _shape(value: torch.Tensor) -> str:
-    return "(" + ", ".join(str(d) for d in value.shape) + ")"
+def _symbolic_mismatch(
+    program: Program, extent: Any, got: int, symbols: dict[Any, int]
+) -> tuple[str, str] | None:
+    """What is wrong with an extent, and what to do; fills in the symbols seen so far."""
+    if not extent.is_symbol:
+        if not extent.free_symbols <= symbols.keys() or as_int(extent, symbols) == got:
+            return None
+        name = extent.xreplace(symbol_names(program))
+        return (
+            f"must be {name} = {as_int(extent, symbols)}, got {got}",
+            "the model relates this dimension to those of other inputs",
+        )
+    if symbols.setdefault(extent, got) != got:
+        name = symbol_names(program)[extent]
+        return (
+            f"is {got}, but {name} is {symbols[extent]} elsewhere",
+            "inputs that share this dimension must have the same extent there",
+        )
+    limits = program.range_constraints.get(extent)
+    if limits is not None and not (limits.lower <= got <= limits.upper):
+        return (
+            f"must be in [{limits.lower}, {limits.upper}], got {got}",
+            "capture again with a wider range",
+        )
+    return None
+
+
+def _shape(program: Program, value: torch.Tensor) -> str:
+    names = symbol_names(program)
+    parts = (d if isinstance(d, int) else d.node.expr for d in value.shape)
+    return "(" + ", ".join(str(names.get(p, p)) for p in parts) + ")"
+
+
+def _brief(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return "a tensor"
+    if leaf is None or isinstance(leaf, bool | int | float | str):
+        return repr(leaf)
+    return f"an object of type {type(leaf).__name__}"
 
 
 def _call_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

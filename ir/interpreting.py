@@ -65,7 +65,9 @@ def run_flat(
             args, kwargs = fx.map_arg((node.args, node.kwargs), fetch)
             if dtype is not None:
                 args, kwargs = _convert_arguments(args, kwargs, dtype)
-            values[node] = node.target(*args, **kwargs)
+            result = node.target(*args, **kwargs)
+            # What an op creates has the default dtype unless it was told otherwise.
+            values[node] = result if dtype is None else _convert(result, dtype)
             if observe is not None:
                 observe(node, values[node])
         elif node.op == "output":

@@ -7,6 +7,7 @@ names that depend on what was traced before.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dtype_text", "program_text"]
 
+_WORD = re.compile(r"\b\w+\b")
 _DTYPES = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -62,8 +64,10 @@ class _Printer:
 
     def __init__(self, program: Program, axis_terms: bool) -> None:
         self.program = program
+        names = symbol_names(program)
+        self._symbols = _renaming(names)
+        self._names = {symbol.name: name for symbol, name in names.items()}
         self._terms = _terms_reader(program) if axis_terms else None
-        self._symbols = _renaming(symbol_names(program))
         self._references = {
             node: f"${info(node).tensor}" if info(node).tensor else f"%{node.name}"
             for node in program.graph.nodes
@@ -77,7 +81,7 @@ class _Printer:
         yield "inputs:"
         for path, node in zip(input_paths(program), program.input_nodes, strict=True):
             note = "" if path == node.name else f"  # {path}"
-            yield f"  %{node.name} : {self._value(node)}{note}"
+            yield f"  %{node.name} : {self._value(node) or None}{note}"
         yield "ops:"
         for node in program.nodes:
             if node.op not in ("placeholder", "output"):
@@ -115,7 +119,8 @@ class _Printer:
     def _value(self, node: fx.Node) -> str:
         text = self._metadata(node.meta.get("val"))
         if self._terms is not None and (terms := self._terms(node)):
-            text += " " + terms
+            # Extents in terms have the names of the shape environment.
+            text += " " + _WORD.sub(lambda m: self._names.get(m[0], m[0]), terms)
         return text
 
     def _metadata(self, value: Any) -> str:
@@ -239,7 +244,8 @@ def _structure(spec: pytree.TreeSpec, leaves: Iterator[str]) -> str:
     names = _field_names(context, len(children))
     if names:
         children = [f"{name}={child}" for name, child in zip(names, children, strict=True)]
-    return f"{getattr(spec.type, '__name__', 'object')}({', '.join(children)})"
+    kind = context if isinstance(context, type) else spec.type
+    return f"{getattr(kind, '__name__', 'object')}({', '.join(children)})"
 
 
 def _field_names(context: Any, count: int) -> list[str]:

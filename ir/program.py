@@ -138,7 +138,8 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The one output node; ``args[0]`` holds the flattened outputs."""
-        return next(iter(reversed(self.graph.nodes)))
+        node: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
 
     @property
     def fake_mode(self) -> FakeTensorMode:
@@ -277,6 +278,8 @@ class Program:
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         result = graph.graph_copy(self.graph, mapping)
+        for old, new in mapping.items():
+            new.name = old.name  # FX renames what shadows a builtin, as the input "input" does
         graph.output(result).meta.update(self.output_node.meta)
         other = Program(
             fx.GraphModule(torch.nn.Module(), graph, type(self.graph_module).__name__),
@@ -303,6 +306,10 @@ class Program:
         self.aliases = dict(other.aliases)
         self.carried = dict(other.carried)
         self.dropped = other.dropped
+        self.in_spec, self.out_spec = other.in_spec, other.out_spec
+        self.example_inputs = other.example_inputs
+        self.range_constraints = dict(other.range_constraints)
+        self.model_name = other.model_name
         self.kept = {name: dict(axes) for name, axes in other.kept.items()}
         self.zeroed = {name: dict(axes) for name, axes in other.zeroed.items()}
         self.history = list(other.history)

@@ -11,7 +11,7 @@ __all__ = ["NodeInfo", "describe", "info", "module_path", "source_line"]
 
 _KEY = "torchlathe"
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_LIBRARY = re.compile(r"[/\\]torch[/\\](nn|_ops|fx|export|_export|utils|functional)")
+_LIBRARY = re.compile(r"(^|[/\\])torch[/\\](nn|_ops|fx|export|_export|utils|functional)")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def set_info(node: fx.Node, **fields: str | None) -> None:
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module whose forward made the node; "" at the top."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
+    # torch marks what it inserted itself, such as sizes of inputs, by a module of this name.
+    if not stack or "_empty_nn_module_stack_from_metadata_hook" in stack:
         return ""
     path, _ = list(stack.values())[-1]
     # Export's own name for code that it traced outside of any module's forward.

@@ -138,18 +138,24 @@ def _resolve(item: object) -> list[Pass]:
     if isinstance(item, str):
         return parse_pipeline(item)
     if isinstance(item, type) and issubclass(item, Pass):
-        if missing := ", ".join(o.name for o in options_of(item) if o.required):
-            raise OptionError(
-                f"{item.__name__} needs {missing}", hint=f"give an object: {item.__name__}(...)"
-            )
-        return _resolve(item())
-    if not isinstance(item, Pass):
+        return [_instance(item)]
+    if not isinstance(item, AnalysisPass | RewritePass):
         raise OptionError(
-            f"expected a pass, a pass class or text, got {type(item).__name__}: {item!r}"
+            f"expected a pass, a pass class or text, got {type(item).__name__}: {item!r}",
+            hint="a pass is an AnalysisPass or a RewritePass" if isinstance(item, Pass) else None,
         )
-    if not isinstance(item, AnalysisPass | RewritePass) or inspect.isabstract(type(item)):
-        raise OptionError(f"{type(item).__name__} is neither an AnalysisPass nor a RewritePass")
     return [item]
+
+
+def _instance(cls: type[Pass]) -> Pass:
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise OptionError(f"{cls.__name__} is abstract: it does not define {missing}")
+    if missing := ", ".join(o.name for o in options_of(cls) if o.required):
+        raise OptionError(
+            f"{cls.__name__} needs {missing}", hint=f"give an object: {cls.__name__}(...)"
+        )
+    return cls()
 
 
 def _level(level: bool | str) -> Level:

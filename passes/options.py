@@ -183,20 +183,25 @@ def _item_types(annotation: Any, count: int) -> list[Any] | None:
 
 def expected(annotation: Any) -> str:
     """A type in words, for messages and help."""
-    return _either([_expected_one(m) for m in _members(annotation)])
+    return _either([word for member in _members(annotation) for word in _words(member)])
 
 
-def _expected_one(annotation: Any) -> str:
+def _words(annotation: Any) -> list[str]:
+    """What a type allows, in words: one for most, one for each choice where there are some."""
+    if get_origin(annotation) is Literal:
+        return [text_of(choice, annotation) for choice in get_args(annotation)]
+    if _is_enum(annotation):
+        return [_enum_text(member) for member in annotation]
+    return [_word_for(annotation)]
+
+
+def _word_for(annotation: Any) -> str:
     simple = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
     if isinstance(annotation, type) and annotation in simple:
         return simple[annotation]
     if annotation in (None, types.NoneType):
         return "none"
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return _either([text_of(a, annotation) for a in arguments])
-    if _is_enum(annotation):
-        return _either([_enum_text(m) for m in annotation])
     if _is_textual(annotation) and origin in _MAPPINGS:
         return f"a mapping {{{expected(arguments[0])}: {expected(arguments[1])}}}"
     if _is_textual(annotation):

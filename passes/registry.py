@@ -5,6 +5,7 @@ Nothing is imported before it is asked for, and importing a module registers not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -96,8 +97,8 @@ def load_plugin(plugin: str | Path | ModuleType) -> tuple[type[Pass], ...]:
     """Make the passes that a Python file or module defines known by their names.
 
     Takes every pass class that the module itself defines, and the rules for axis terms of a
-    module-level ``RULES = {"namespace::op": rule}``. Loading a file again does nothing unless its
-    text has changed.
+    module-level ``RULES = {"namespace::op": rule}``. Loading a file again, or a copy of it, does
+    nothing unless its text has changed.
 
     Args:
         plugin: Path of a ``.py`` file, dotted name of a module, or a module.
@@ -107,8 +108,11 @@ def load_plugin(plugin: str | Path | ModuleType) -> tuple[type[Pass], ...]:
             of its names is taken.
     """
     origin, digest = _identify(plugin)
-    if origin in _plugins and _plugins[origin].digest == digest:
-        return _plugins[origin].passes
+    for known in list(_plugins.values()):
+        if known.digest == digest and (digest or known.origin == origin):
+            del _plugins[known.origin]
+            _plugins[origin] = dataclasses.replace(known, origin=origin)
+            return known.passes
     module = plugin if isinstance(plugin, ModuleType) else _import(plugin, origin)
     passes = tuple(
         _checked(value, origin)
@@ -198,10 +202,12 @@ def _refuse_clashes(passes: tuple[type[Pass], ...], origin: str) -> None:
         if plugin.origin != origin:
             taken.update({cls.name: plugin.origin for cls in plugin.passes})
     for cls in passes:
-        same = [c for c in passes if c.name == cls.name and c is not cls]
-        if cls.name in taken or same:
-            other = taken.get(cls.name, origin)
-            raise SpecError(f"the pass {cls.name} of {origin} is defined by {other} as well")
+        if cls.name in taken:
+            raise SpecError(
+                f"the pass {cls.name} of {origin} is defined by {taken[cls.name]} as well"
+            )
+        if any(other.name == cls.name and other is not cls for other in passes):
+            raise SpecError(f"{origin} defines two passes called {cls.name}")
 
 
 # -- entry points ------------------------------------------------------------------------------

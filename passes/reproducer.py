@@ -102,12 +102,14 @@ def write_reproducer(
         saved = _save(program, partial / "program.tl", save_program)
         folder = _free(parent, passes[position - 1].name)
         if saved:
-            plugins = _plugin_lines(passes[position - 1 :])
-            script = _SCRIPT.format(plugins=plugins, level=level, seed=seed)
+            loads = "".join(f"tl.passes.load_plugin({origin!r})\n" for origin in _plugins(passes))
+            script = _SCRIPT.format(plugins=loads, level=level, seed=seed)
             (partial / "reproduce.py").write_text(script, encoding="utf-8")
             command = f"python {folder / 'reproduce.py'}"
         else:
-            command = f'torchlathe compile MODEL --passes "$(cat {folder / "pipeline.txt"})"'
+            flags = "".join(f" --plugin {origin}" for origin in _plugins(passes))
+            flags += f" --verify {level} --seed {seed}"
+            command = f"torchlathe compile MODEL --passes @{folder / 'pipeline.txt'}{flags}"
         for name, text in _texts(program, passes, position, error, command).items():
             (partial / name).write_text(text, encoding="utf-8")
         partial.rename(folder)
@@ -138,9 +140,10 @@ def _free(parent: Path, name: str) -> Path:
     return parent / f"{name}-{number}"
 
 
-def _plugin_lines(passes: Sequence[Pass]) -> str:
-    origins = dict.fromkeys(filter(None, (plugin_of(type(item)) for item in passes)))
-    return "".join(f"tl.passes.load_plugin({origin!r})\n" for origin in origins)
+def _plugins(passes: Sequence[Pass]) -> list[str]:
+    """Files and modules that the passes were loaded from."""
+    origins = (plugin_of(type(item)) for item in passes)
+    return list(dict.fromkeys(origin for origin in origins if origin is not None))
 
 
 def _texts(

@@ -117,7 +117,7 @@ def program_totals(program: Program) -> Totals:
 
 
 def family_rows(families: Iterable[Any], left: Iterable[Any] | None = None) -> list[FamilyRow]:
-    """Each family with what is left of it; largest first.
+    """Each family that owns parameters, with what is left of it; largest first.
 
     Args:
         families: Of the program before.
@@ -127,13 +127,15 @@ def family_rows(families: Iterable[Any], left: Iterable[Any] | None = None) -> l
     kept = None if left is None else {family.name: int(family.extent) for family in left}
     rows = []
     for family in families:
+        if not (owned := family_parameters(family)):
+            continue
         extent = int(family.extent)
         rows.append(
             FamilyRow(
                 name=family.name,
                 extent=extent,
                 kept=extent if kept is None else min(extent, kept.get(family.name, extent)),
-                parameters=family_parameters(family),
+                parameters=owned,
                 exactness=str(family.exactness),
                 reasons=_reasons(family),
                 prunable=bool(family.prunable),
@@ -154,17 +156,20 @@ def family_parameters(family: Any) -> int:
 
 
 def pin_rows(families: Iterable[Any]) -> list[PinRow]:
-    """Pins by reason and place; those that hold most parameters first."""
-    held: dict[tuple[str, str | None], dict[str, int]] = {}
+    """Pins of parameters by reason; those that hold most first."""
+    held: dict[str, dict[str, int]] = {}
+    places: dict[str, dict[str, None]] = {}  # ordered, each once
     for family in families:
+        if not (owned := family_parameters(family)):
+            continue
         for pin in family.pins:
-            place = held.setdefault((str(pin.reason), pin.where or None), {})
-            place[family.name] = family_parameters(family)
+            held.setdefault(str(pin.reason), {})[family.name] = owned
+            places.setdefault(str(pin.reason), {}).update({pin.where: None} if pin.where else {})
     rows = [
-        PinRow(reason, where, tuple(owned), sum(owned.values()))
-        for (reason, where), owned in held.items()
+        PinRow(reason, tuple(places[reason]), tuple(owned), sum(owned.values()))
+        for reason, owned in held.items()
     ]
-    return sorted(rows, key=lambda row: (-row.parameters, row.reason, row.where or ""))
+    return sorted(rows, key=lambda row: (-row.parameters, row.reason))
 
 
 def record_dict(record: Any) -> dict[str, Any]:
@@ -203,9 +208,7 @@ def _batches(program: Program, calibration: Iterable[Any] | None) -> Iterator[An
     return islice(PassContext(program, calibration=calibration).inputs(), _MOST_BATCHES)
 
 
-def _batches_name(
-    calibration: Iterable[Any] | None, fidelity: Sequence[OutputFidelity]
-) -> str:
+def _batches_name(calibration: Iterable[Any] | None, fidelity: Sequence[OutputFidelity]) -> str:
     if not fidelity:
         return ""
     count = fidelity[0].batches

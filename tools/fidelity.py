@@ -151,8 +151,10 @@ class _Sums:
         self.equal += int((before == after).sum())
         if not (before.is_floating_point() and after.is_floating_point()) or not before.numel():
             return
-        if not bool(torch.isfinite(after).all()):
+        if bool((~torch.isfinite(after) & torch.isfinite(before)).any()):
             self.notes["the compiled model gives NaN or infinity"] = None
+        if bool(torch.isnan(before).any()):
+            self.notes["the original gives NaN"] = None
         self._add_floating(before.double(), after.double())
 
     def _add_floating(self, before: torch.Tensor, after: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 __all__ = [
     "bytes_text",
     "change_text",
+    "clip",
     "count_text",
     "error_text",
     "flops_text",
@@ -96,6 +97,11 @@ def error_text(error: float) -> str:
 def shorten(name: str, limit: int) -> str:
     """The end of a name, which tells more than its beginning."""
     return name if len(name) <= limit else "…" + name[-limit + 1 :]
+
+
+def clip(text: str, limit: int) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _scaled(value: float, step: int, units: tuple[str, ...]) -> str:

@@ -49,8 +49,10 @@ def dot_text(graph: networkx.Graph[str], chosen: Sequence[str]) -> str:
         data = graph.nodes[family]
         label = _quoted(f"{family}\n{data['extent']} units, {_state(data)}")
         lines.append(f'  {_quoted(family)} [shape=box, color="{_colour(data)}", label={label}];')
-    for tensor in _tensors(graph, chosen):
-        lines.append(f"  {_quoted('tensor ' + tensor)} [shape=ellipse, label={_quoted(tensor)}];")
+    lines += [
+        f"  {_quoted('tensor ' + tensor)} [shape=ellipse, label={_quoted(tensor)}];"
+        for tensor in _tensors(graph, chosen)
+    ]
     for family in chosen:
         for tensor in graph.neighbors(family):
             edge = graph.edges[family, tensor]
@@ -127,7 +129,7 @@ def _legend(axis: Any, graph: networkx.Graph[str], chosen: Sequence[str]) -> Non
     ]
     handles.append(Line2D([], [], color=_MUTED, label="writes"))
     handles.append(Line2D([], [], color=_MUTED, linestyle=(0, (3, 3)), label="reads"))
-    total = sum(1 for _, kind in graph.nodes(data="kind") if kind == "family")
+    total = len(_chosen(graph, None))
     more = f", {len(chosen)} of {total}" if len(chosen) < total else ""
     axis.set_title(f"Families (left{more}) and the tensors that they go through", color=_INK)
     axis.legend(

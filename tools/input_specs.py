@@ -1,9 +1,9 @@
 """Example inputs from text: ``input_ids=int64[batch=2,sequence=16]<1000,mask=int64[2,16]``.
 
 Entries are separated by commas. Each is ``name=dtype[shape]``, a keyword, or ``dtype[shape]``, a
-positional argument. A dimension with a name, ``batch=2``, becomes dynamic, and equal names mean one extent;
-``sequence=16<=512`` gives its maximum. ``<1000`` after integers draws them below 1000 (else they
-are 0 or 1); integers called ``...mask...`` are ones.
+positional argument. A dimension with a name, ``batch=2``, becomes dynamic, and equal names mean one
+extent; ``sequence=16<=512`` gives its maximum. ``<1000`` after integers draws them below 1000 (else
+they are 0 or 1); integers called ``...mask...`` are ones.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ _ENTRY = re.compile(
     r"\s*(?:(?P<name>[A-Za-z_]\w*)\s*=\s*)?(?P<dtype>[a-z]+\d*)\s*"
     r"\[(?P<shape>[^\[\]]*)\]\s*(?:<\s*(?P<below>\d+)\s*)?(?:,|$)"
 )
-_DIMENSION = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)\s*=\s*)?(?P<extent>\d+)(?:\s*<=\s*(?P<most>\d+))?")
+_DIMENSION = re.compile(
+    r"(?:(?P<name>[A-Za-z_]\w*)\s*=\s*)?(?P<extent>\d+)(?:\s*<=\s*(?P<most>\d+))?"
+)
 _EXAMPLE = '"input_ids=int64[batch=2,sequence=16]<1000" or "float32[2,3,224,224]"'
 
 
@@ -102,7 +105,7 @@ def read_specs(text: str) -> list[InputSpec]:
     names = [spec.name for spec in specs if spec.name is not None]
     if len(set(names)) < len(names):
         raise SpecError(f"an input is named twice in {text!r}")
-    if any(a.name is not None and b.name is None for a, b in zip(specs, specs[1:], strict=False)):
+    if any(a.name is not None and b.name is None for a, b in pairwise(specs)):
         raise SpecError(f"a positional input stands after a named one in {text!r}")
     return specs
 

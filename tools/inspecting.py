@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchlathe.ir import Program, module_path
@@ -112,10 +113,8 @@ def inspect_program(program: Program, *, notes: Sequence[str] = ()) -> Inspectio
 
 def _output_texts(program: Program) -> list[str]:
     """The outputs as a caller finds them, with symbolic shapes."""
-    values = [
-        node.meta.get("val") if hasattr(node, "meta") else node
-        for node in program.output_node.args[0]  # type: ignore[union-attr]
-    ]
+    flat: Any = program.output_node.args[0]
+    values = [node.meta.get("val") if isinstance(node, fx.Node) else node for node in flat]
     leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(values, program.out_spec))
     return [f"{_path(path)}: {_value_text(value)}" for path, value in leaves]
 

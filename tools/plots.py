@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchlathe.tools.figures import (
     bytes_text,
@@ -88,7 +88,8 @@ def latency_plot(latency: Latency) -> str:
         for place, (_, samples, colour) in enumerate(rows):
             offsets = _spread(len(samples))
             inside = [(x, place + y) for x, y in zip(samples, offsets, strict=True) if x <= high]
-            axis.scatter(*zip(*inside, strict=True), s=13, color=colour, alpha=0.45, linewidths=0)
+            xs, ys = zip(*inside, strict=True)
+            axis.scatter(xs, ys, s=13, color=colour, alpha=0.45, linewidths=0)
             low, middle, top = (quantile(samples, share) for share in (0.2, 0.5, 0.8))
             axis.plot([low, top], [place + 0.33] * 2, color=colour, linewidth=3)
             axis.plot([middle] * 2, [place - 0.3, place + 0.33], color=_INK, linewidth=1.4)
@@ -183,7 +184,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "font.size": 9.0,
         "axes.edgecolor": _RULE,
         "axes.labelcolor": _MUTED,

@@ -85,7 +85,7 @@ def _config(transformers: Any, file: Path) -> Any:
         )
     config = transformers.CONFIG_MAPPING[kind].from_dict(data)
     for part in (config, getattr(config, "text_config", None)):
-        if getattr(part, "use_cache", False):
+        if part is not None and getattr(part, "use_cache", False):
             part.use_cache = False
     return config
 

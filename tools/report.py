@@ -65,17 +65,17 @@ class FamilyRow:
 
 @dataclass(frozen=True)
 class PinRow:
-    """One reason that keeps families whole, at one place in the model's code.
+    """One reason that keeps families whole.
 
     Attributes:
         reason: Why.
-        where: Source line, as far as known.
+        places: Where in the model's code, as far as known: module path and source line.
         families: Names of what it keeps whole.
         parameters: That these families own together.
     """
 
     reason: str
-    where: str | None
+    places: tuple[str, ...]
     families: tuple[str, ...]
     parameters: int
 
@@ -227,7 +227,7 @@ class Report:
         """
         from rich.console import Console
 
-        console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+        console = Console(width=width, color_system=None, force_terminal=False)
         with console.capture() as captured:
             self.print(console)
         return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"

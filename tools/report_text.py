@@ -98,7 +98,7 @@ def family_table(
     name_width: int | None = None,
     with_kept: bool = True,
 ) -> RenderableType:
-    """Families as a table.
+    """Families that can shrink, as a table.
 
     Args:
         rows: Each as `FamilyRow`, largest first.
@@ -106,15 +106,17 @@ def family_table(
         name_width: Show only the end of longer names; None folds them into lines.
         with_kept: Tell how many units are left.
     """
-    shown = rows[:limit]
-    left = len(rows) - len(shown)
-    columns = ["*family", ">units", ">kept", ">params", "exactness"]
+    free = [row for row in rows if row.prunable]
+    shown = free[:limit]
+    columns = ["*family", ">units", ">kept", ">params", "erasing is"]
     if not with_kept:
         columns.remove(">kept")
-    caption = f"... and {left} smaller ones" if left > 0 else None
+    more = [f"{len(free) - len(shown)} smaller ones"] if len(free) > len(shown) else []
+    more += [f"{len(rows) - len(free)} that cannot shrink"] if len(rows) > len(free) else []
+    caption = f"... and {', '.join(more)}" if more else None
     table = new_table("Families", *columns, caption=caption)
     for row in shown:
-        how = row.exactness if row.prunable else "pinned"
+        how = row.exactness.replace("-", " ")
         if reason := reason_text(row):
             how += f" ({reason})"
         cells: list[RenderableType] = [
@@ -137,8 +139,8 @@ def pin_table(rows: Sequence[Any], *, limit: int | None = None) -> RenderableTyp
     left = len(rows) - len(shown)
     table = new_table(
         "Pinned",
-        "*reason",
-        "where",
+        "reason",
+        "*where",
         ">families",
         ">params",
         caption=f"... and {left} more reasons" if left > 0 else None,
@@ -146,11 +148,16 @@ def pin_table(rows: Sequence[Any], *, limit: int | None = None) -> RenderableTyp
     for row in shown:
         table.add_row(
             escape(row.reason),
-            escape(short_place(row.where)),
+            escape(_places_text(row.places)),
             count_text(len(row.families)),
             count_text(row.parameters),
         )
     return _apart(table)
+
+
+def _places_text(places: Sequence[str]) -> str:
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return short_place(places[0]) + more if places else ""
 
 
 def cost_tables(cost: Any, *, limit: int | None = None) -> Iterator[RenderableType]:
@@ -208,7 +215,10 @@ def _totals(report: Report) -> RenderableType:
         _change(before.parameters, after.parameters),
     )
     table.add_row(
-        "size", bytes_text(before.bytes), bytes_text(after.bytes), _change(before.bytes, after.bytes)
+        "size",
+        bytes_text(before.bytes),
+        bytes_text(after.bytes),
+        _change(before.bytes, after.bytes),
     )
     if before.flops is not None and after.flops is not None:
         table.add_row(

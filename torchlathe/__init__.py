@@ -11,8 +11,8 @@ from torchlathe._version import __version__
 
 if TYPE_CHECKING:
     from torchlathe import backends, ir, kernels, passes, tools
-    from torchlathe._compile import compile
-    from torchlathe.backends import CompiledModel, load
+    from torchlathe._compile import compile, load
+    from torchlathe.backends import CompiledModel
     from torchlathe.ir import Error, Program, capture
     from torchlathe.passes import PassManager
 
@@ -40,7 +40,7 @@ _HOME = {
     "Program": "torchlathe.ir",
     "capture": "torchlathe.ir",
     "compile": "torchlathe._compile",
-    "load": "torchlathe.backends",
+    "load": "torchlathe._compile",
 }
 
 

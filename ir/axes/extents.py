@@ -52,6 +52,8 @@ def divide(a: Extent, b: Extent) -> Extent | None:
         return a // b if b and a % b == 0 else None
     if same(a, b):
         return 1
+    if same(b, 0):
+        return None
     import sympy
 
     quotient = sympy.cancel(sympy.sympify(a) / b)

@@ -129,8 +129,35 @@ class Resize:
         return [self.size(node, arg, term) for arg, term in zip(args, terms, strict=True)]
 
     def terms(self, node: fx.Node) -> tuple[Term, ...]:
-        """Terms of a node before anything was left out; empty for nodes made since."""
-        return self.axis_map.terms(node)
+        """Terms of a node before anything was left out.
+
+        For a replacement these are the terms of what it took the place of; other nodes made
+        since have none.
+        """
+        return self.axis_map.terms(self.edit.stands_for.get(node, node))
+
+    def shapes(self, node: fx.Node) -> list[list[Any]]:
+        """New shapes of a node's results: static extents from the terms, others as they are."""
+        value = node.meta["val"]
+        values = value if isinstance(value, list | tuple) else [value]
+        found = []
+        for item, terms in zip(values, self.axis_map.results(node), strict=True):
+            if isinstance(item, torch.Tensor):
+                found.append(
+                    [
+                        self._dim(dim, term)
+                        for dim, term in zip(item.shape, terms or (), strict=True)
+                    ]
+                )
+        return found
+
+    def _dim(self, dim: Any, term: Term) -> Any:
+        if not self.touched(term):
+            return dim
+        if isinstance(dim, int):
+            return self.extent(term)
+        old, new = self._static(term, new=False), self._static(term, new=True)
+        return dim // old * new
 
     def layout(self, node: fx.Node) -> Layout:
         """The letters of a contraction."""

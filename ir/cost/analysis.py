@@ -109,9 +109,7 @@ class ProgramCost:
             activation_bytes=concrete(self.activation_bytes),
         )
 
-    def _at(
-        self, sizes: Mapping[str | sympy.Symbol, int] | None
-    ) -> dict[sympy.Symbol, int]:
+    def _at(self, sizes: Mapping[str | sympy.Symbol, int] | None) -> dict[sympy.Symbol, int]:
         given = {
             self.symbols.get(key, key) if isinstance(key, str) else key: value
             for key, value in (sizes or {}).items()

@@ -11,40 +11,33 @@ from math import prod
 
 import torch
 
-from torchlathe.ir.cost.calls import Call, is_contiguous
+from torchlathe.ir.cost.calls import Call, aten, is_contiguous
 from torchlathe.ir.extents import Extent
 
 __all__ = ["has_softmax", "is_free", "other_flops", "reads_rows"]
 
 # Ops that copy, select or create and compute nothing.
-_MOVES = frozenset(
-    "aten::" + name
-    for name in """
+_MOVES = aten(
+    """
     alpha_dropout arange cat channel_shuffle clone complex concat constant_pad_nd
     contiguous copy diag_embed dropout embedding empty empty_like eye feature_dropout flatten flip
     float full full_like gather half hstack im2col index index_copy index_put
     index_select lift_fresh_copy linspace masked_fill masked_scatter masked_select meshgrid
-    native_dropout new_empty new_full new_ones new_zeros nonzero one_hot ones ones_like pad
+    new_empty new_full new_ones new_zeros nonzero one_hot ones ones_like pad
     pixel_shuffle pixel_unshuffle rand rand_like randn randn_like reflection_pad1d reflection_pad2d
     reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d
     reshape reshape_as roll scalar_tensor scatter select_scatter slice_scatter stack
     take_along_dim tile to _to_copy tril triu type_as upsample_nearest1d upsample_nearest2d
     upsample_nearest3d vstack where zeros zeros_like
-    """.split()
+    """
 )
 
 # Ops whose result is a view of the first argument where its layout allows it.
-_MAY_VIEW = frozenset(
-    f"aten::{name}" for name in ("contiguous", "flatten", "reshape", "reshape_as", "view_as")
-)
+_MAY_VIEW = aten("contiguous flatten reshape reshape_as view_as")
 
 # Ops that return their first argument when they have nothing to convert, or in eval mode.
-_MAY_PASS = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("to", "type_as", "float", "half"),
-        *("dropout", "feature_dropout", "alpha_dropout", "native_dropout"),
-    )
+_MAY_PASS = aten(
+    "to type_as float half dropout feature_dropout alpha_dropout feature_alpha_dropout"
 )
 
 # Operations per element of the result.
@@ -74,15 +67,17 @@ _PER_OUTPUT = {
 
 # Operations per element of the first argument.
 _PER_INPUT = {
-    **{
-        f"aten::{name}": 1
-        for name in """
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-        adaptive_max_pool2d adaptive_max_pool3d all amax amin aminmax any argmax argmin count_nonzero
-        cummax cummin cumprod cumsum max mean min nanmean nansum prod sort sum topk trace
-        _adaptive_avg_pool2d
-        """.split()
-    },
+    **dict.fromkeys(
+        aten(
+            """
+            adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+            adaptive_max_pool2d adaptive_max_pool3d all amax amin aminmax any argmax argmin
+            count_nonzero cummax cummin cumprod cumsum max mean min nanmean nansum prod sort sum
+            topk trace _adaptive_avg_pool2d
+            """
+        ),
+        1,
+    ),
     "aten::linalg_vector_norm": 2,
     "aten::logsumexp": 3,
     "aten::norm": 2,
@@ -107,22 +102,22 @@ def is_free(call: Call) -> bool:
     target = call.target
     if not isinstance(target, torch._ops.OpOverload):
         return True  # taking one of several results
-    if any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns):
-        return True
     inputs = call.inputs
+    # Their schemas speak of an alias as well, but that is only one of two things they do.
     if call.name in _MAY_VIEW:
         return bool(inputs) and is_contiguous(inputs[0])
     if call.name in _MAY_PASS:
         return bool(inputs) and inputs[0] == call.outputs[0] and not call.argument("train")
-    return False
+    returns = target._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+_TABLE_OPS = aten("embedding gather index index_select")
 
 
 def reads_rows(call: Call) -> bool:
     """Whether the first tensor is a table of which only the selected entries are read."""
     return call.name in _TABLE_OPS
-
-
-_TABLE_OPS = frozenset(f"aten::{n}" for n in ("embedding", "gather", "index", "index_select"))
 
 
 def other_flops(call: Call) -> Extent:
@@ -156,4 +151,3 @@ def _softmax_of_scores(call: Call) -> Extent:
     scores = prod(call.outputs[0].shape[:-1]) * call.args[1].shape[-2]
     masked = call.argument("attn_mask", call.argument("attn_bias")) is not None
     return (5 + masked) * scores
-

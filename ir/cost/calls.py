@@ -11,7 +11,12 @@ from torch import fx
 
 from torchlathe.ir.extents import Extent, expression
 
-__all__ = ["Call", "Value", "is_contiguous", "read_call", "value_of"]
+__all__ = ["Call", "Value", "aten", "is_contiguous", "read_call", "value_of"]
+
+
+def aten(names: str) -> frozenset[str]:
+    """Full names of the ATen ops that a text lists."""
+    return frozenset(f"aten::{name}" for name in names.split())
 
 
 class Value(NamedTuple):

@@ -130,8 +130,8 @@ def _axes_of(
         hidden = len(operand.shape) - len(subscripts.replace("...", ""))
         widest = max(widest, hidden)
         # Ellipsis axes are named from the right, as they broadcast.
-        dots = "".join(chr(0x2460 + n) for n in range(hidden))[::-1]
-        labels = subscripts.replace("...", dots)
+        broadcast = "".join(chr(0x2460 + n) for n in range(hidden))[::-1]
+        labels = subscripts.replace("...", broadcast)
         axes = zip(labels, operand.shape, strict=True)
         terms.append({label: extent for label, extent in axes if extent != 1})
     every = left.replace(",", "").replace("...", "")

@@ -67,6 +67,7 @@ def erase_units(
             if node in touched and node.op == "call_function":
                 rule = rule_of(node)
                 assert rule is not None, node
+                edit.set_shape(node, resize.shapes(node))
                 rule.resize(node, resize)
     return _reference(zeroed)
 

@@ -20,8 +20,9 @@ def samples() -> Iterator[None]:
 
 @pytest.fixture
 def own_registry() -> Iterator[None]:
-    """What the test loads is forgotten after it."""
+    """The test begins without plugins, and what it loads is forgotten after it."""
     before = dict(registry._plugins)
+    registry._plugins.clear()
     yield
     registry._plugins.clear()
     registry._plugins.update(before)

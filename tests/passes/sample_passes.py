@@ -145,9 +145,8 @@ class ClampToRelu(RewritePass):
         found = program.graph.find_nodes(op="call_function", target=aten.clamp.default)
         with program.edit(by=ctx.spec) as edit:
             for node in found:
-                new = edit.call(aten.relu.default, (node.args[0],), like=node)
-                new = edit.call(aten.mul.Tensor, (new, self.bend), like=new)
-                node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+                relu = edit.call(aten.relu.default, (node.args[0],), like=node)
+                edit.replace(node, edit.call(aten.mul.Tensor, (relu, self.bend), like=relu))
         return PassResult(bool(edit.count))
 
 

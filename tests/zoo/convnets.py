@@ -466,7 +466,7 @@ CONVNETS: tuple[ZooModel, ...] = (
     _net("pixel_shuffle", PixelShuffle, free=("body.weight[0]", "up.weight[0]")),
     _net("pixel_unshuffle", PixelUnshuffle, free=("stem.weight[0]",)),
     _net("flatten_linear", FlattenLinear, free=("features.3.weight[0]", "classifier.1.weight[0]")),
-    _net("group_norm", GroupNormNet, free=("stem.weight[0]", "one.weight[0]")),
+    _net("group_norm", GroupNormNet, free=("stem.weight[0]",)),
     _net("instance_norm", InstanceNormNet, free=("one.weight[0]",)),
     _net("conv_transpose", TransposedDecoder, free=("up.weight[1]", "down.weight[0]")),
     _net("unet", UNet, free=("enter.0.weight[0]", "bottom.0.weight[0]", "up_two.0.weight[0]")),
@@ -479,7 +479,10 @@ CONVNETS: tuple[ZooModel, ...] = (
     _net("convnext_block", ConvNeXtBlock, free=("stem.weight[0]", "up.weight[0]")),
     _net("prelu", PReluNet, free=("one.weight[0]", "two.weight[0]")),
     _net(
-        "constants", ConstantActivations, free=("one.weight[0]", "fc.weight[0]"), approximate=True
+        "constants",
+        ConstantActivations,
+        free=("one.weight[0]", "fc.weight[0]"),
+        approximate=("one.weight:0", "two.weight:0", "fc.weight:0"),
     ),
     _net(
         "added_input",

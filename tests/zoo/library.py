@@ -101,6 +101,8 @@ _BERT_FREE = (
     "encoder.layer.0.intermediate.dense.weight[0]",
     "encoder.layer.1.attention.self.value.weight[0]",
 )
+# A query head without weights still averages the values that it shares with others.
+_QUERY_HEADS = ("*.q_proj.weight:0/1",)
 _LLAMA_FREE = (
     "model.layers.0.mlp.gate_proj.weight[0]",
     "model.layers.1.self_attn.v_proj.weight[0]",
@@ -135,7 +137,13 @@ def _minilm_text(batch: int, length: int) -> Inputs:
 
 
 LIBRARY: tuple[ZooModel, ...] = (
-    ZooModel("bert", from_config("BertModel", "BertConfig", **_BERT), free=_BERT_FREE, **TEXT),
+    ZooModel(
+        "bert",
+        from_config("BertModel", "BertConfig", **_BERT),
+        free=_BERT_FREE,
+        coverage=0.7,  # the rest is embeddings, which are as wide as the output
+        **TEXT,
+    ),
     ZooModel(
         "bert_classifier",
         from_config("BertForSequenceClassification", "BertConfig", **_BERT, num_labels=3),
@@ -149,6 +157,7 @@ LIBRARY: tuple[ZooModel, ...] = (
         "roberta",
         from_config("RobertaModel", "RobertaConfig", **_BERT, pad_token_id=1),
         free=_BERT_FREE,
+        coverage=0.7,
         **TEXT,
     ),
     ZooModel(
@@ -190,12 +199,16 @@ LIBRARY: tuple[ZooModel, ...] = (
         "llama_gqa",
         from_config("LlamaForCausalLM", "LlamaConfig", **_LLAMA, use_cache=False),
         free=_LLAMA_FREE,
+        approximate=_QUERY_HEADS,
+        casts=True,
         **TEXT,
     ),
     ZooModel(
         "llama_cache",
         from_config("LlamaForCausalLM", "LlamaConfig", **_LLAMA),
         free=_LLAMA_FREE[:1],
+        approximate=_QUERY_HEADS,
+        casts=True,
         coverage=0.5,
         **IDS,
     ),
@@ -203,6 +216,8 @@ LIBRARY: tuple[ZooModel, ...] = (
         "qwen3",
         from_config("Qwen3ForCausalLM", "Qwen3Config", **_LLAMA, head_dim=12, use_cache=False),
         free=_LLAMA_FREE,
+        approximate=_QUERY_HEADS,
+        casts=True,
         **TEXT,
     ),
     ZooModel(
@@ -383,6 +398,7 @@ LIBRARY: tuple[ZooModel, ...] = (
             num_blocks=2,
             num_classes=5,
         ),
+        approximate=("stem.proj.weight:0",),  # the biases over tokens write to every channel
         **_image(32),
     ),
     ZooModel(
@@ -396,6 +412,7 @@ LIBRARY: tuple[ZooModel, ...] = (
         free=_BERT_FREE,
         random=False,
         slow=True,
+        coverage=0.45,
         **{**TEXT, "inputs": _minilm_text},
     ),
 )

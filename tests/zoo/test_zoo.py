@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from fnmatch import fnmatch
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.zoo.oracle import (
     check_family,
     check_structure,
     erased,
+    in_float64,
     outputs,
     relative_error,
     same_tensors,
@@ -83,9 +85,12 @@ def test_families(zoo: ZooModel) -> None:
     )
     total = sum(t.numel() for t in case.program.parameters.values())
     assert covered >= zoo.coverage * total, f"{covered / total:.3f} covered; {_pins(families)}"
-    if not zoo.approximate:
-        loose = {f.name: f.reasons for f in prunable if f.exactness not in EXACT}
-        assert not loose, f"approximate: {loose}"
+    loose = {
+        f.name: f.reasons
+        for f in prunable
+        if f.exactness not in EXACT and not any(fnmatch(f.name, p) for p in zoo.approximate)
+    }
+    assert not loose, f"approximate: {loose}"
 
     generator = torch.Generator().manual_seed(0)
     chosen = prunable if zoo.name in SMALL else _sample(prunable, SAMPLED_FAMILIES)
@@ -123,30 +128,21 @@ def test_erase_half(zoo: ZooModel) -> None:
     check_structure(case.program, after)
     verify(after, "full")
 
-    families = list(case.program.analysis(ZeroInvariantGroups).prunable)
-    total = sum(t.numel() for t in case.program.parameters.values())
-    left = sum(t.numel() for t in after.parameters.values())
-    if not families:
-        assert left == total
-        return
-    assert left < 0.85 * total, f"{left} of {total} parameters are left"
-    exact = all(f.exactness in EXACT for f in families)
+    before, left = _count(case.program.parameters), _count(after.parameters)
+    assert left < 0.85 * before, f"{left} of {before} parameters are left"
     twin = zeroed_twin(case.model, after.zeroed)
     moved = 0.0
     for which in case.shapes:
         inputs = case.inputs(which)
-        with torch.no_grad():
-            got = [
-                x.double()
-                for x in torch.utils._pytree.tree_leaves(after.run(*inputs[0], **inputs[1]))
-                if isinstance(x, torch.Tensor)
-            ]
         want = outputs(twin, inputs)
-        error = relative_error(got, want)
-        assert math.isfinite(error)
-        assert error <= F64_LIMIT or not exact, f"{error:.2e} at size {which}"
+        error = relative_error(outputs(in_float64(after.run), inputs), want)
+        assert error <= case.limit, f"{error:.2e} at size {which}"
         moved = max(moved, relative_error(want, outputs(case.model, inputs)))
     assert moved > 1e-6
+
+
+def _count(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors.values())
 
 
 @every_model
@@ -176,15 +172,10 @@ def test_compile(zoo: ZooModel) -> None:
     reference = compiled.zeroed_reference(model)
     assert type(reference) is type(model)
     assert same_tensors(model, before)
-    families = compiled.program.history[-1]
-    assert families is not None
-    exact = not zoo.approximate
     for which in range(len(zoo.sizes)):
         inputs = zoo.example(which)
-        got, want = outputs(compiled, inputs), outputs(reference, inputs)
-        error = relative_error(got, want)
-        assert math.isfinite(error)
-        assert error <= F32_LIMIT or not exact, f"{error:.2e} at size {which}"
+        error = relative_error(outputs(compiled, inputs), outputs(reference, inputs))
+        assert error <= F32_LIMIT, f"{error:.2e} at size {which}"
 
 
 @pytest.mark.parametrize("name", ["residual_cnn", "gqa_rotary", "fused_qkv_unbind"])
@@ -195,11 +186,9 @@ def test_oracle_sees_a_wrong_unit(name: str) -> None:
     for family in case.program.analysis(ZeroInvariantGroups).prunable:
         after, _ = erased(case.program, {family.name: torch.tensor([0])})
         _, wrong = erased(case.program, {family.name: torch.tensor([1])})
-        args, kwargs = case.inputs(0)
-        with torch.no_grad():
-            got = [after.run(*args, **kwargs)]
-            want = [case.program.run(*args, replace_tensor=wrong, **kwargs)]
-        assert relative_error(got, want) > 1e3 * F64_LIMIT, family.name
+        inputs = case.inputs(0)
+        want = outputs(in_float64(case.program.run, replace_tensor=wrong), inputs)
+        assert relative_error(outputs(after.run, inputs), want) > 1e3 * F64_LIMIT, family.name
         seen += 1
     assert seen
 
@@ -207,10 +196,17 @@ def test_oracle_sees_a_wrong_unit(name: str) -> None:
 def test_oracle_sees_a_missing_slice() -> None:
     """Negative control: a twin that lacks one written slice must not pass."""
     case = captured(MODELS["residual_cnn"])
-    family = case.program.analysis(ZeroInvariantGroups).by_name("stem.0.weight[0]")
+    family = case.program.analysis(ZeroInvariantGroups).of("stem.0.weight", 0)[0]
     after, zeroing = erased(case.program, {family.name: torch.tensor([2, 5])})
     check_erased(case, after, zeroing)
     name = next(s.name for s in family.writers if s.name.endswith("1.bias"))
+    lacking = partial(_all_but, zeroing, name)
+    with pytest.raises(AssertionError, match="zeroed graph"):
+        check_erased(case, after, lacking)
     after.zeroed.pop(name)
     with pytest.raises(AssertionError, match="zeroed module"):
         check_erased(case, after, zeroing)
+
+
+def _all_but(zeroing, left_out: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if name == left_out else zeroing(name, tensor)

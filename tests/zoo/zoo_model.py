@@ -15,7 +15,7 @@ __all__ = ["Inputs", "ZooModel", "images", "randomised", "sequences", "token_ids
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ZooModel:
     """A network with random weights and real structure, small enough for a test.
 
@@ -29,7 +29,8 @@ class ZooModel:
         coverage: Share of the parameters that must be on an axis that can be erased.
         free: Axes that must be in a prunable family, as ``"fqn[axis]"``.
         pinned: Axes that must not be in a prunable family.
-        approximate: Whether some family may be declared approximate.
+        approximate: Patterns of the families that may be declared approximate.
+        casts: Whether the module computes in float32 in some places, whatever its dtype.
         random: Whether weights and statistics are drawn anew (not for pretrained ones).
     """
 
@@ -42,7 +43,8 @@ class ZooModel:
     coverage: float = 0.9
     free: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
-    approximate: bool = False
+    approximate: tuple[str, ...] = ()
+    casts: bool = False
     random: bool = True
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

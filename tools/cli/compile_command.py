@@ -125,7 +125,9 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(report.to_json(), end="")
     else:
-        report.print()
+        from torchlathe.tools.cli.console import output
+
+        report.print(output())
         _say_written(parsed)
     return 0
 
@@ -195,10 +197,11 @@ def _check_writable(given: str | None) -> None:
 
 
 def _say_written(parsed: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    from torchlathe.tools.cli.console import output
+
+    console = output()
     for name, path in (("model", parsed.output), ("report", parsed.report)):
         if path:
             console.print(Text(f"wrote the {name} to {path}"), soft_wrap=True)

@@ -121,10 +121,11 @@ def _as_dict(
 
 
 def _print(parsed: argparse.Namespace, program: Program, inspection: Inspection) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from torchlathe.tools.cli.console import output
+
+    console = output()
     wanted = _sections(parsed)
     if wanted - {"text"} or parsed.graph:
         for part in _summary(inspection):
@@ -170,4 +171,3 @@ def _tables(
         yield pin_table(inspection.pins, limit=limit)
     if "cost" in wanted:
         yield from cost_tables(inspection.cost, limit=limit)
-

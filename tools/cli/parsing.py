@@ -55,7 +55,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             parser: Parser = getattr(parsed, "parser", self)
             parser.refuse(unknown)
-        return parsed
+        result: argparse.Namespace = parsed
+        return result
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Raise for arguments that no option took."""

@@ -67,27 +67,26 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _print_list(found: dict[str, type[Pass]]) -> None:
-    from rich.console import Console
-
+    from torchlathe.tools.cli.console import output
     from torchlathe.tools.report_text import new_table
 
     table = new_table("Passes", "pass", "kind", "*what it does")
     for name, cls in sorted(found.items(), key=lambda item: (_kind(item[1]), item[0])):
         table.add_row(name, _kind(cls), _summary(cls))
-    console = Console()
+    console = output()
     console.print(table)
-    console.print("\n`torchlathe passes NAME` explains one.", style="dim", highlight=False)
+    console.print("\n`torchlathe passes NAME` explains one.", style="dim")
 
 
 def _explain(cls: type[Pass]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from torchlathe.passes.options import options_of
     from torchlathe.passes.registry import plugin_of
+    from torchlathe.tools.cli.console import output
     from torchlathe.tools.report_text import new_table
 
-    console = Console(highlight=False)
+    console = output()
     console.print(Text.assemble((cls.name, "bold"), f" · {_kind(cls)}"))
     console.print()
     # The options are in the table below, where they have their types and defaults.

@@ -93,10 +93,8 @@ class LayerNorm(Rule):
         return tuple(out)
 
     def _share(self, node: fx.Node, resize: Resize) -> float:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
         share = 1.0
-        for term in resize.terms(source)[-self.normalised(node) :]:
+        for term in resize.terms(node)[-self.normalised(node) :]:
             share *= resize.share(term)
         return share
 
@@ -122,7 +120,7 @@ class LayerNorm(Rule):
         edit = resize.edit
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        dtype = x.meta["val"].dtype
+        dtype = node.meta["val"].dtype
         low = dtype in (torch.float16, torch.bfloat16)
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -158,7 +156,7 @@ class RMSNorm(LayerNorm):
         edit = resize.edit
         eps = argument(node, "eps")
         if eps is None:
-            eps = torch.finfo(node.args[0].meta["val"].dtype).eps  # type: ignore[union-attr]
+            eps = torch.finfo(node.meta["val"].dtype).eps
         edit.set_args(node, *with_arguments(node, {"eps": eps / share}))
         weight = argument(node, "weight")
         factor = share**-0.5
@@ -166,11 +164,7 @@ class RMSNorm(LayerNorm):
         if name is not None and len(weight.users) == 1:
             edit.set_tensor(name, edit.program.entries[name].tensor.detach() * factor)
             return
-        users = list(node.users)
-        scaled = edit.call(aten.mul.Tensor, (node, factor), like=node)
-        for user in users:
-            user.replace_input_with(node, scaled)
-            edit.touch(user)
+        edit.replace(node, edit.call(aten.mul.Tensor, (node, factor), like=node))
 
 
 class BatchNorm(Rule):

@@ -115,9 +115,7 @@ def correct_means(node: fx.Node, share: float, resize: Resize, kind: str) -> Non
     """
     edit = resize.edit
     if kind == "mean":
-        users = list(node.users)
-        scaled = edit.call(_MUL, (node, share), like=node)
-        _redirect(resize, users, node, scaled)
+        edit.replace(node, edit.call(_MUL, (node, share), like=node))
         return
     taken = {int(u.args[1]): u for u in node.users}  # type: ignore[call-overload]
     mean = taken.get(1)
@@ -125,7 +123,7 @@ def correct_means(node: fx.Node, share: float, resize: Resize, kind: str) -> Non
         mean = edit.call(operator.getitem, (node, 1), like=node)
     mean_users = list(mean.users)
     new_mean = edit.call(_MUL, (mean, share), like=mean)
-    _redirect(resize, mean_users, mean, new_mean)
+    edit.replace(mean, new_mean, mean_users)
     if (var := taken.get(0)) is not None:
         var_users = list(var.users)
         last = mean if var < mean else var
@@ -133,13 +131,7 @@ def correct_means(node: fx.Node, share: float, resize: Resize, kind: str) -> Non
         extra = edit.call(_MUL, (square, share * (1.0 - share)), like=square)
         scaled = edit.call(_MUL, (var, share), like=extra)
         total = edit.call(_ADD, (scaled, extra), like=scaled)
-        _redirect(resize, var_users, var, total)
-
-
-def _redirect(resize: Resize, users: list[fx.Node], old: fx.Node, new: fx.Node) -> None:
-    for user in users:
-        user.replace_input_with(old, new)
-        resize.edit.touch(user)
+        edit.replace(var, total, var_users)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,211 @@
+"""``torchlathe.compile``: from a module to a smaller module, with a report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchlathe.backends import CompiledModel, SavedReport, get_backend
+from torchlathe.backends import load as load_artifact
+from torchlathe.ir import InputError, Program, capture
+from torchlathe.ir.capturing import eval_mode
+from torchlathe.passes import PassManager
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from torchlathe.backends import Backend
+    from torchlathe.passes import Instrument
+    from torchlathe.passes.manager import PassLike
+
+__all__ = ["compile", "load"]
+
+
+def compile(  # noqa: A001 - the verb that users look for
+    model: torch.nn.Module | ExportedProgram | Program,
+    passes: PassLike | Sequence[PassLike] = (),
+    example_inputs: Any = (),
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    backend: str | Backend = "eager",
+    verify: bool | str = True,
+    instruments: Sequence[Instrument] = (),
+    measure_latency: bool = True,
+    reproducer_dir: str | os.PathLike[str] | None = None,
+    progress: bool | Callable[[str], object] = False,
+    seed: int = 0,
+) -> CompiledModel:
+    """Capture a model, run passes on it, lower it, and report what was done.
+
+    Args:
+        model: Any module that ``torch.export`` can capture, an exported program, or a Program.
+            It is never changed, and the result shares no tensor with it.
+        passes: Text such as ``"structured-erase{sparsity=0.5}"``, or a sequence of passes.
+        example_inputs: Positional arguments of one call; a tuple, one tensor, or a dict of
+            keywords.
+        example_kwargs: Keyword arguments of that call.
+        dynamic_shapes: As ``torch.export.export`` takes them; ``"auto"`` marks the batch axis.
+        calibration: Batches, when a pass needs data; fidelity is measured on the first of them.
+        loss: ``(outputs, batch) -> scalar``, when a pass needs gradients.
+        backend: ``"eager"``, ``"inductor"`` or a backend object.
+        verify: ``"off"`` (False), ``"fast"`` (True) or ``"full"``; see `PassManager`.
+        instruments: Watch the passes: timing, printing, dumping, stopping after one.
+        measure_latency: Time the result against the original, for about two seconds.
+        reproducer_dir: Where a failing pass leaves what is needed to run it again.
+        progress: Show what is being done on standard error, or call this with each line.
+        seed: Seeds everything that is random.
+
+    Returns:
+        A module with the calling convention and the state dict names of the original.
+
+    Raises:
+        Error: One of its subclasses; see `torchlathe.ir.errors`. Options are refused before any
+            work starts.
+    """
+    manager = PassManager(
+        passes,
+        verify=verify,  # type: ignore[arg-type]  # the manager refuses unknown texts
+        instruments=instruments,
+        reproducer_dir=None if reproducer_dir is None else Path(reproducer_dir),
+        save_program=_save_program,
+    )
+    get_backend(backend)
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)
+    with _progress(progress) as say:
+        stages: dict[str, float] = {}
+        with _stage(stages, "capture", say):
+            before = _capture(model, example_inputs, example_kwargs, dynamic_shapes)
+            _check_finite(before)
+        with _stage(stages, "passes", say):
+            after = manager.run(
+                before, calibration=calibration, loss=loss, seed=seed, progress=say
+            )
+        with _stage(stages, "lower", say):
+            source = model if not isinstance(model, Program) else None
+            compiled = CompiledModel(after, backend, source=source)
+        say("measuring")
+        compiled.report = _report(
+            model, before, compiled, calibration, str(manager), measure_latency, stages
+        )
+    return compiled
+
+
+def load(path: str | os.PathLike[str], *, backend: str | Backend = "eager") -> CompiledModel:
+    """Load what ``CompiledModel.save`` wrote; nothing from the file is executed.
+
+    Args:
+        path: The file.
+        backend: What to lower it to.
+
+    Raises:
+        ArtifactError: A file that is truncated, was changed, or is of another version.
+    """
+    from torchlathe.tools.report import Report
+
+    compiled = load_artifact(path, backend=backend)
+    if isinstance(compiled.report, SavedReport):
+        compiled.report = Report.from_dict(compiled.report.to_dict())
+    return compiled
+
+
+def _capture(
+    model: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> Program:
+    if isinstance(model, Program):
+        return model
+    return capture(model, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
+
+
+def _check_finite(program: Program) -> None:
+    """Refuse weights that no pass could rank or compare.
+
+    Raises:
+        InputError: NaN or infinity in parameters, by name.
+    """
+    bad = []
+    for name, tensor in program.parameters.items():
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # A sum needs no temporary of the tensor's size; only if it is not finite look closer.
+        if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)) and not bool(
+            torch.isfinite(tensor.detach()).all()
+        ):
+            bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise InputError(
+            f"NaN or infinity in {', '.join(bad[:5])}{more}",
+            hint="load a checkpoint from before the training diverged",
+        )
+
+
+def _report(
+    model: Any,
+    before: Program,
+    compiled: CompiledModel,
+    calibration: Iterable[Any] | None,
+    pipeline: str,
+    measure_latency: bool,
+    stages: dict[str, float],
+) -> Any:
+    from torchlathe.tools.collecting import collect_report
+
+    with _original(model, before) as original:
+        return collect_report(
+            before,
+            compiled.program,
+            original=original,
+            compiled=compiled,
+            calibration=calibration,
+            pipeline=pipeline,
+            backend=compiled.backend.name,
+            latency_seconds=2.0 if measure_latency else 0.0,
+            stages=stages,
+        )
+
+
+@contextmanager
+def _original(model: Any, before: Program) -> Iterator[Callable[..., Any]]:
+    """The original as something to call, in eval mode for the time being."""
+    if isinstance(model, torch.nn.Module):
+        with eval_mode(model):
+            yield model
+    elif isinstance(model, Program):
+        yield before.run
+    else:
+        yield model.module()
+
+
+def _save_program(program: Program, path: Path) -> None:
+    CompiledModel(program).save(path)
+
+
+@contextmanager
+def _stage(stages: dict[str, float], name: str, say: Callable[[str], object]) -> Iterator[None]:
+    say(name)
+    start = time.perf_counter()
+    yield
+    stages[name] = time.perf_counter() - start
+
+
+@contextmanager
+def _progress(wanted: bool | Callable[[str], object]) -> Iterator[Callable[[str], object]]:
+    if callable(wanted):
+        yield wanted
+    elif not wanted:
+        yield lambda _: None
+    else:
+        from torchlathe.tools.cli.progress import Progress
+
+        with Progress() as progress:
+            yield progress.say
