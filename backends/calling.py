@@ -119,7 +119,8 @@ def _leaf(program: Program, index: int, value: Any, numbers: dict[Any, int]) -> 
             continue
         number = numbers.setdefault(symbol, len(numbers))
         limits = program.range_constraints.get(symbol)
-        least = 0 if limits is None else _finite(limits.lower, 0)
+        # See torchlathe.ir.inputs: a least extent of 2 is no need of the graph.
+        least = 0 if limits is None or limits.lower <= 2 else _finite(limits.lower, 0)
         greatest = _MOST if limits is None else _finite(limits.upper, _MOST)
         symbols.append((axis, number, least, greatest))
     return _Leaf(index, value.dtype, value.dim(), tuple(static), tuple(symbols), quick=quick)

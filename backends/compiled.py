@@ -138,8 +138,10 @@ class CompiledModel(torch.nn.Module):
             each: (kept,) int64, sorted. Tied names are all there. See `kept_indices` for the
             other tensors and axes.
         """
-        program: Program = self.__dict__["_torchlathe"].program
-        found = {n: dict(axes) for n, axes in program.kept.items() if n in program.entries}
+        state: _State = self.__dict__["_torchlathe"]
+        program = state.program
+        # Not those of constants, which are at another path, and of tensors that are gone.
+        found = {n: dict(axes) for n, axes in program.kept.items() if state.paths.get(n) == n}
         aliases = {a: dict(found[n]) for a, n in program.aliases.items() if n in found}
         return found | aliases
 
@@ -176,7 +178,8 @@ class CompiledModel(torch.nn.Module):
         """
         program = self.program
         own = _named_tensors(model)
-        for name in {**program.zeroed, **program.kept}:
+        # Constants and what passes added were never tensors of the module.
+        for name in {**program.zeroed, **{n: None for n in program.kept if n in own}}:
             _check_original(program, name, own)
         twin = copy.deepcopy(model)
         tensors = _named_tensors(twin)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchlathe.ir import Error, Program, UnsupportedError
+from torchlathe.ir import Error, Program, UnsupportedError, VerifyError, describe
 from torchlathe.ir.edit import fake_run
 
 __all__ = ["Place", "moved", "places_after"]
@@ -69,8 +70,7 @@ def moved(program: Program, places: Mapping[Place, Place]) -> Program:
             elif node.op == "call_function":
                 node.args = fx.node.map_aggregate(node.args, literal)
                 node.kwargs = fx.node.map_aggregate(node.kwargs, literal)
-                node.meta["val"] = fake_run(node, mode)
-                node.meta.pop("tensor_meta", None)
+                _follow(node, mode, literal)
     except Error as error:
         to = ", ".join(sorted({f"{dtype} on {device}" for dtype, device in places.values()}))
         raise UnsupportedError(
@@ -81,3 +81,30 @@ def moved(program: Program, places: Mapping[Place, Place]) -> Program:
     other.graph_module.recompile()
     other.version += 1
     return other
+
+
+def _follow(node: fx.Node, mode: FakeTensorMode, literal: Callable[[Any], Any]) -> None:
+    """Work out a node's value in the new place, which must have the dtypes that the old one had
+    there.
+    """
+    wanted = [literal(dtype) for dtype in _dtypes(node.meta["val"])]
+    value = fake_run(node, mode)
+    creates = isinstance(node.target, torch._ops.OpOverload) and any(
+        argument.name == "dtype" for argument in node.target._schema.arguments
+    )
+    if _dtypes(value) != wanted and creates and node.kwargs.get("dtype") is None:
+        # Made in the default dtype, which was the model's own when it was captured.
+        node.kwargs = {**node.kwargs, "dtype": wanted[0]}
+        value = fake_run(node, mode)
+    if _dtypes(value) != wanted:
+        raise VerifyError(
+            f"{node.target} gives {_dtypes(value)[0]} whatever its inputs are",
+            where=describe(node),
+        )
+    node.meta["val"] = value
+    node.meta.pop("tensor_meta", None)
+
+
+def _dtypes(value: Any) -> list[torch.dtype]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [item.dtype for item in values if isinstance(item, torch.Tensor)]

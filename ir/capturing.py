@@ -12,12 +12,13 @@ import logging
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
@@ -94,13 +95,13 @@ def from_exported(
         example_inputs: ``(args, kwargs)``; by default those kept in ``exported``.
         model: The module it came from; names that share a tensor there are kept as aliases.
     """
-    graph = exported.graph
-    if not (inline_wrapped_regions(exported.graph_module) and functionalize_in_place(graph)):
+    graph = _copy(exported.graph)
+    if not (inline_wrapped_regions(graph, exported.graph_module) and functionalize_in_place(graph)):
         log.debug("wrapped regions or writes to aliases: flattening by run_decompositions")
         with quiet_torch():
             exported = exported.run_decompositions({})
-        graph = exported.graph
-        _refuse_submodules(exported.graph_module)
+        graph = _copy(exported.graph)
+        _refuse_submodules(graph)
     drop_statistics_updates(graph)
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -147,8 +148,15 @@ def from_exported(
     )
 
 
-def _refuse_submodules(graph_module: fx.GraphModule) -> None:
-    for node in graph_module.graph.find_nodes(op="get_attr"):
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy to work on: the exported program stays as it was."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def _refuse_submodules(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="get_attr"):
         user = next(iter(node.users), node)
         raise UnsupportedError(
             f"the model has control flow or a nested graph ({user.target}), and a program is one "
@@ -186,11 +194,11 @@ def _merge_tied(
     if model is not None:
         own.update(model.named_parameters(remove_duplicate=False))
         own.update(model.named_buffers(remove_duplicate=False))
-    first: dict[int, str] = {}
+    first: dict[Hashable, str] = {}
     aliases: dict[str, str] = {}
     by_name = {s.target: nodes[s.arg.name] for s in specs if s.target is not None}
     for name in list(entries):
-        key = id(own.get(name, entries[name].tensor))
+        key = id(own[name]) if name in own else _identity(entries[name])
         kept = first.setdefault(key, name)
         if kept != name:
             by_name[name].replace_all_uses_with(by_name[kept])
@@ -202,6 +210,14 @@ def _merge_tied(
         if name not in entries and name not in aliases and id(tensor) in first:
             aliases[name] = first[id(tensor)]
     return aliases
+
+
+def _identity(entry: TensorEntry) -> Hashable:
+    """What two tensors have in common that are tied in a saved program, where no module tells."""
+    tensor = entry.tensor
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.numel():
+        return id(tensor)
+    return (entry.kind, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def _drop_metadata_asserts(graph: fx.Graph) -> None:

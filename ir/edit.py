@@ -14,9 +14,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from torchlathe.ir.errors import Error, VerifyError
+from torchlathe.ir.fakes import FakeValues, fake_run, same_value
 from torchlathe.ir.program import TensorEntry, TensorKind
-from torchlathe.ir.provenance import describe, set_info
+from torchlathe.ir.provenance import set_info
 
 if TYPE_CHECKING:
     from torchlathe.ir.program import Program
@@ -24,105 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Edit", "fake_run"]
 
 
-def fake_run(node: fx.Node, mode: Any) -> Any:
-    """Run one ``call_function`` node on the fake values of its inputs.
-
-    Raises:
-        VerifyError: The op refuses its inputs, for instance because shapes do not fit.
-    """
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    assert callable(node.target)
-    try:
-        with mode, torch.no_grad():
-            return node.target(*args, **kwargs)
-    except Error:
-        raise
-    except Exception as error:
-        shapes = [
-            f"%{n.name}: {tuple(n.meta['val'].shape)}"
-            for n in node.all_input_nodes
-            if isinstance(n.meta.get("val"), torch.Tensor)
-        ]
-        raise VerifyError(
-            f"{node.target} does not accept its inputs ({', '.join(shapes)}): {error}",
-            where=describe(node),
-        ) from error
-
-
-def _same_value(a: Any, b: Any) -> bool:
-    """Whether two fake values are interchangeable as metadata."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return (
-            a.dtype == b.dtype
-            and a.device == b.device
-            and a.dim() == b.dim()
-            and all(_same_extent(x, y) for x, y in zip(a.shape, b.shape, strict=True))
-            and all(_same_extent(x, y) for x, y in zip(a.stride(), b.stride(), strict=True))
-        )
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_same_value, a, b))
-    return type(a) is type(b) and _same_extent(a, b)
-
-
-def _same_extent(a: Any, b: Any) -> bool:
-    # Comparing the expressions, not the SymInts, adds no guard to the shape environment.
-    a = a.node.expr if isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool) else a
-    b = b.node.expr if isinstance(b, torch.SymInt | torch.SymFloat | torch.SymBool) else b
-    return bool(a == b)
-
-
 def _select(tensor: torch.Tensor, axis: int, indices: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, FakeTensor) and not isinstance(indices, FakeTensor):
         # Captured without memory for the weights: what is left has a shape and no values either.
         return tensor.index_select(axis, tensor.fake_mode.from_tensor(indices))
     return tensor.index_select(axis, indices.to(tensor.device))
-
-
-def resized(value: Any, shapes: Sequence[Sequence[Any]], mode: Any) -> Any:
-    """Fake values like these in other shapes; None where their strides have no simple order.
-
-    Propagating shapes with symbolic dimensions through an op takes milliseconds; where the
-    shapes are known already, only the strides are left to find, and those of a dense tensor
-    follow from the order of its axes.
-    """
-    if isinstance(value, list | tuple):
-        found = []
-        rest = list(shapes)
-        for item in value:
-            new = resized(item, [rest.pop(0)], mode) if isinstance(item, torch.Tensor) else item
-            if new is None and item is not None:
-                return None
-            found.append(new)
-        return type(value)(found) if isinstance(value, list | tuple) else found
-    order = _dense_order(value)
-    if order is None:
-        return None
-    shape = list(shapes[0])
-    strides: list[Any] = [0] * len(shape)
-    step: Any = 1
-    for axis in reversed(order):
-        strides[axis] = step
-        step = step * shape[axis]
-    with mode:
-        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-
-
-def _dense_order(value: torch.Tensor) -> list[int] | None:
-    """Axes from outermost to innermost, if the tensor has no gaps and no overlaps."""
-
-    def hint(x: Any) -> Any:
-        return x.node.hint if isinstance(x, torch.SymInt) else x
-
-    sizes, strides = [hint(d) for d in value.shape], [hint(s) for s in value.stride()]
-    if any(x is None for x in (*sizes, *strides)):
-        return None
-    order = sorted(range(len(sizes)), key=lambda i: (-strides[i], i))
-    step = 1
-    for axis in reversed(order):
-        if sizes[axis] != 1 and strides[axis] != step:
-            return None
-        step *= sizes[axis]
-    return order
 
 
 class Edit:
@@ -142,6 +48,7 @@ class Edit:
         self.stands_for: dict[fx.Node, fx.Node] = {}
         self._stale: set[fx.Node] = set()
         self._shapes: dict[fx.Node, Sequence[Sequence[Any]]] = {}
+        self._tensor_nodes = program.tensor_nodes
 
     # -- graph -----------------------------------------------------------------------------
 
@@ -174,9 +81,7 @@ class Edit:
         self.touch(node)
         return node
 
-    def replace(
-        self, old: fx.Node, new: fx.Node, users: Iterable[fx.Node] | None = None
-    ) -> None:
+    def replace(self, old: fx.Node, new: fx.Node, users: Iterable[fx.Node] | None = None) -> None:
         """Let users of ``old`` read ``new`` instead; dead code goes at the end.
 
         Args:
@@ -230,7 +135,7 @@ class Edit:
         if isinstance(entry.tensor, torch.nn.Parameter):
             tensor = torch.nn.Parameter(tensor.detach(), requires_grad=entry.tensor.requires_grad)
         self.program.entries[name] = replace(entry, tensor=tensor)
-        node = self.program.tensor_nodes[name]
+        node = self._tensor_nodes[name]
         node.meta["val"] = self._fake(tensor)
         self.touch(node)
         self._stale.update(node.users)
@@ -254,6 +159,7 @@ class Edit:
         set_info(node, tensor=name, created_by=self._by or None)
         node.meta["val"] = self._fake(tensor)
         program.entries[name] = TensorEntry(tensor, kind)
+        self._tensor_nodes[name] = node
         self.touch(node)
         return node
 
@@ -300,19 +206,20 @@ class Edit:
         program = self.program
         self._drop_dead()
         mode = program.fake_mode
+        values = FakeValues(mode)
         for node in program.graph.nodes:
             if node.op != "call_function":
                 continue
             shapes = self._shapes.get(node)
             if node not in self._stale and shapes is None:
                 continue
-            value = None if shapes is None else resized(node.meta["val"], shapes, mode)
+            value = None if shapes is None else values.resized(node.meta["val"], shapes)
             if value is not None:
                 node.meta["val"] = value
                 node.meta.pop("tensor_meta", None)
                 continue
             value = fake_run(node, mode)
-            if "val" not in node.meta or not _same_value(node.meta["val"], value):
+            if "val" not in node.meta or not same_value(node.meta["val"], value):
                 node.meta["val"] = value
                 node.meta.pop("tensor_meta", None)
                 self._stale.update(node.users)

@@ -206,13 +206,16 @@ def _keeps_dtype(node: fx.Node, functional: torch._ops.OpOverload) -> bool:
     )
 
 
-def inline_wrapped_regions(graph_module: fx.GraphModule) -> bool:
+def inline_wrapped_regions(graph: fx.Graph, owner: fx.GraphModule) -> bool:
     """Inline regions that export wraps for ``no_grad`` and for disabled autocast.
 
     Neither changes a value. Returns False if a submodule is left, for instance of ``torch.cond``
     or of enabled autocast.
+
+    Args:
+        graph: The graph to change.
+        owner: The module that holds the graphs of the regions.
     """
-    graph = graph_module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -226,7 +229,7 @@ def inline_wrapped_regions(graph_module: fx.GraphModule) -> bool:
             continue
         assert isinstance(body, fx.Node)
         assert isinstance(body.target, str)
-        inner = graph_module.get_submodule(body.target)
+        inner = owner.get_submodule(body.target)
         assert isinstance(inner, fx.GraphModule)
         _inline(graph, node, inner.graph, operands)
         graph.erase_node(node)

@@ -138,7 +138,10 @@ def _symbolic_mismatch(
             "inputs that share this dimension must have the same extent there",
         )
     limits = program.range_constraints.get(extent)
-    if limits is not None and not (limits.lower <= got <= limits.upper):
+    # A least extent of 2 is what export assumes while it traces, and not a need of the graph:
+    # torch takes 0 and 1 at run time, too.
+    least = 0 if limits is None or limits.lower <= 2 else limits.lower
+    if limits is not None and not (least <= got <= limits.upper):
         return (
             f"must be in [{limits.lower}, {limits.upper}], got {got}",
             "capture again with a wider range",

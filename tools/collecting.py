@@ -53,7 +53,8 @@ def collect_report(
 
     Args:
         before: The program as captured.
-        after: The program after the passes, with its history.
+        after: The program after the passes, with its history; what it has beyond that of
+            ``before`` is reported.
         original: The model before, called with the example inputs; None leaves out what needs it.
         compiled: The model after; None leaves out what needs it.
         calibration: The outputs are compared on the first batches of these, read as
@@ -85,7 +86,7 @@ def collect_report(
         before=program_totals(before),
         after=program_totals(after),
         backend=backend,
-        passes=tuple(record_dict(record) for record in after.history),
+        passes=tuple(record_dict(record) for record in after.history[len(before.history) :]),
         latency=latency,
         fidelity=tuple(fidelity),
         fidelity_inputs=_batches_name(calibration, fidelity),

@@ -104,15 +104,13 @@ def compare_outputs(
 
 def _tensors(outputs: Any) -> dict[str, torch.Tensor]:
     leaves, _ = pytree.tree_flatten_with_path(outputs)
-    return {
-        _readable(pytree.keystr(path)) or "output": leaf
-        for path, leaf in leaves
-        if isinstance(leaf, torch.Tensor)
-    }
+    return {output_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
-def _readable(path: str) -> str:
-    return re.sub(r"\['([A-Za-z_]\w*)'\]", r".\1", path).removeprefix(".")
+def output_name(path: Any) -> str:
+    """The pytree path of an output, as a caller would write it; ``output`` for a lone one."""
+    text = re.sub(r"\['([A-Za-z_]\w*)'\]", r".\1", pytree.keystr(path))
+    return text.removeprefix(".") or "output"
 
 
 @dataclass

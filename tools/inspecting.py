@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,13 +11,15 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchlathe.ir import Program, module_path
+from torchlathe.ir.extents import expression, symbol_names
+from torchlathe.ir.inputs import input_paths
 from torchlathe.tools.collecting import (
     family_rows,
-    input_texts,
     pin_rows,
     program_families,
     program_totals,
 )
+from torchlathe.tools.fidelity import output_name
 from torchlathe.tools.report import FamilyRow, PinRow, Totals
 
 __all__ = ["CostRow", "CostTables", "Inspection", "inspect_program"]
@@ -97,11 +99,12 @@ def inspect_program(program: Program, *, notes: Sequence[str] = ()) -> Inspectio
     """Analyse a program without changing it."""
     families = program_families(program)
     totals = program_totals(program)
+    names = symbol_names(program)
     return Inspection(
         model=program.model_name,
         totals=totals,
-        inputs=tuple(input_texts(program)),
-        outputs=tuple(_output_texts(program)),
+        inputs=tuple(_input_texts(program, names)),
+        outputs=tuple(_output_texts(program, names)),
         families=tuple(family_rows(families)),
         pins=tuple(pin_rows(families)),
         cost=_cost_tables(program) if totals.flops is not None else None,
@@ -111,24 +114,50 @@ def inspect_program(program: Program, *, notes: Sequence[str] = ()) -> Inspectio
     )
 
 
-def _output_texts(program: Program) -> list[str]:
+def _input_texts(program: Program, names: Mapping[Any, str]) -> list[str]:
+    """The inputs with their dynamic extents by name and example: ``ids: int64[s0=2, s1=16]``."""
+    args, kwargs = program.example_inputs
+    examples = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    texts = []
+    for path, node, example in zip(
+        input_paths(program), program.input_nodes, examples, strict=True
+    ):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            texts.append(f"{path}: {example!r}")
+            continue
+        extents = [
+            str(extent) if isinstance(extent, int) else f"{_extent_text(extent, names)}={size}"
+            for extent, size in zip(value.shape, example.shape, strict=True)
+        ]
+        texts.append(f"{path}: {_dtype_text(value)}[{', '.join(extents)}]")
+    return texts
+
+
+def _output_texts(program: Program, names: Mapping[Any, str]) -> list[str]:
     """The outputs as a caller finds them, with symbolic shapes."""
     flat: Any = program.output_node.args[0]
     values = [node.meta.get("val") if isinstance(node, fx.Node) else node for node in flat]
     leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(values, program.out_spec))
-    return [f"{_path(path)}: {_value_text(value)}" for path, value in leaves]
+    texts = []
+    for path, value in leaves:
+        text = repr(value)
+        if isinstance(value, torch.Tensor):
+            extents = ", ".join(_extent_text(extent, names) for extent in value.shape)
+            text = f"{_dtype_text(value)}[{extents}]"
+        texts.append(f"{output_name(path)}: {text}")
+    return texts
 
 
-def _path(path: Any) -> str:
-    text: str = pytree.keystr(path)
-    return text.removeprefix("['").replace("']", "", 1) if text.startswith("['") else text or "out"
+def _extent_text(extent: Any, names: Mapping[Any, str]) -> str:
+    import sympy
+
+    renamed = {symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}
+    return str(sympy.sympify(expression(extent)).xreplace(renamed))
 
 
-def _value_text(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        shape = ", ".join(map(str, value.shape))
-        return f"{str(value.dtype).removeprefix('torch.')}[{shape}]"
-    return repr(value)
+def _dtype_text(value: torch.Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _cost_tables(program: Program) -> CostTables:

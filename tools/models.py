@@ -11,16 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.export import ExportedProgram
 
 from torchlathe.ir import ArtifactError, Error, InputError, Program, SpecError, capture
 from torchlathe.tools.input_specs import parse_inputs
-
-if TYPE_CHECKING:
-    from torchlathe.backends import CompiledModel
 
 __all__ = ["NamedModel", "load_model"]
 
@@ -38,7 +35,7 @@ class NamedModel:
 
     Attributes:
         name: As it was named.
-        model: The module, exported program or compiled model.
+        model: What ``torchlathe.compile`` takes: a module, an exported program or a program.
         args: Example inputs; a tuple, a tensor or a dict, as ``torchlathe.compile`` takes them.
         kwargs: Example keyword inputs.
         dynamic_shapes: As ``torchlathe.compile`` takes them.
@@ -46,17 +43,16 @@ class NamedModel:
     """
 
     name: str
-    model: torch.nn.Module | ExportedProgram
+    model: torch.nn.Module | ExportedProgram | Program
     args: Any = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
     notes: tuple[str, ...] = ()
 
     def capture(self) -> Program:
-        """The program; of a compiled model, a copy of the one that it runs."""
-        program = getattr(self.model, "program", None)
-        if isinstance(program, Program):
-            return program.copy()
+        """The program; of a saved model, the one that it holds."""
+        if isinstance(self.model, Program):
+            return self.model
         return capture(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes)
 
 
@@ -86,9 +82,9 @@ def load_model(
     given = parse_inputs(inputs, seed=seed) if inputs is not None else None
     found = _loader(name)(name)
     if given is not None:
-        if isinstance(found.model, ExportedProgram):
+        if isinstance(found.model, ExportedProgram | Program):
             raise InputError(
-                "an exported program keeps the inputs that it was exported with",
+                f"{name} is captured already, with inputs of its own",
                 hint="leave --inputs out, or name the function that makes the module",
             )
         found = replace(
@@ -114,7 +110,7 @@ def _loader(name: str) -> Callable[[str], NamedModel]:
             f"{name} is a file of Python code, but which function makes the model?",
             hint=f"write {name}:function",
         )
-    raise InputError(f"there is no model {name}", hint=FORMS)
+    raise InputError(f"there is no model {name} here, and none is downloaded", hint=FORMS)
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -135,8 +131,7 @@ def _load_artifact(name: str) -> NamedModel:
     from torchlathe.backends import load
 
     _need_file(name)
-    compiled: CompiledModel = load(name)
-    return NamedModel(name, compiled)
+    return NamedModel(name, load(name).program)
 
 
 def _need_file(name: str) -> None:

@@ -328,4 +328,4 @@ def _footer(report: Report) -> RenderableType:
 
 def _apart(part: RenderableType) -> RenderableType:
     """With an empty line before it."""
-    return Padding(part, (1, 0, 0, 0))
+    return Padding(part, (1, 0, 0, 0), expand=False)

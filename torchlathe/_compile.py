@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["compile", "load"]
 
 
-def compile(  # noqa: A001 - the verb that users look for
+def compile(
     model: torch.nn.Module | ExportedProgram | Program,
     passes: PassLike | Sequence[PassLike] = (),
     example_inputs: Any = (),
@@ -87,9 +87,7 @@ def compile(  # noqa: A001 - the verb that users look for
             before = _capture(model, example_inputs, example_kwargs, dynamic_shapes)
             _check_finite(before)
         with _stage(stages, "passes", say):
-            after = manager.run(
-                before, calibration=calibration, loss=loss, seed=seed, progress=say
-            )
+            after = manager.run(before, calibration=calibration, loss=loss, seed=seed, progress=say)
         with _stage(stages, "lower", say):
             source = model if not isinstance(model, Program) else None
             compiled = CompiledModel(after, backend, source=source)

@@ -109,7 +109,7 @@ class Inference:
         resolved: dict[fx.Node, Terms] = {}
         atoms: dict[int, Atom] = {}
         for node, terms in self._terms.items():
-            flat = terms if isinstance(terms, list) else [terms]
+            flat: Sequence[tuple[Term, ...] | None] = terms if isinstance(terms, list) else [terms]
             done = [None if t is None else tuple(map(self.solver.resolve, t)) for t in flat]
             resolved[node] = done if isinstance(terms, list) else done[0] or ()
             for t in done:
@@ -138,8 +138,10 @@ class Inference:
         try:
             self._terms[node] = rule.infer(node, self)
         except Mismatch as mismatch:
-            self._opaque(node, f"{_op_name(node)} relates axes in a way without a common "
-                               f"refinement: {mismatch}")
+            self._opaque(
+                node,
+                f"{_op_name(node)} relates axes in a way without a common refinement: {mismatch}",
+            )
 
     def _opaque(self, node: fx.Node, reason: str | None = None) -> None:
         """Pin everything that an op touches, since nothing is known about it."""
@@ -215,7 +217,9 @@ class Inference:
             self.pin(term, f"it cannot be split by {inner} at {_op_name(self._node)}: {mismatch}")
             outer = divide(term.extent, inner)
             parts = self.fresh(outer), self.fresh(inner)
-            self.pin_all(parts, f"the axis that it is split from at {_op_name(self._node)} is fixed")
+            self.pin_all(
+                parts, f"the axis that it is split from at {_op_name(self._node)} is fixed"
+            )
             return parts
 
     def cut(self, term: Term, position: Extent) -> tuple[Term, Term]:
@@ -261,8 +265,11 @@ class Inference:
             while not same(have, want):
                 grow_in = i < len(terms) and (
                     j >= len(shape)
-                    or (have < want if is_static(have) and is_static(want)
-                        else divide(want, have) is not None or divide(have, want) is None)
+                    or (
+                        have < want
+                        if is_static(have) and is_static(want)
+                        else divide(want, have) is not None or divide(have, want) is None
+                    )
                 )
                 if grow_in:
                     have, i = have * terms[i].extent, i + 1
@@ -325,4 +332,3 @@ def _op_name(node: fx.Node | None) -> str:
         return "?"
     schema = getattr(node.target, "_schema", None)
     return str(schema.name).replace("::", ".") if schema is not None else str(node.name)
-

@@ -80,9 +80,7 @@ class Layout:
     def contracted(self) -> set[str]:
         """Letters that are summed over."""
         out = {letter for axis in self.output for letter in axis}
-        return {
-            letter for _, axes in self.factors for axis in axes for letter in axis
-        } - out
+        return {letter for _, axes in self.factors for axis in axes for letter in axis} - out
 
 
 class Rule:

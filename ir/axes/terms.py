@@ -304,7 +304,7 @@ class Solver:
             assert isinstance(b, Concat)
             self._unify_mixed(a, b)
         else:
-            assert isinstance(a, Concat) and isinstance(b, Product)
+            assert isinstance(b, Product)
             self._unify_mixed(b, a)
 
     def _unify_atom(self, atom: Atom, term: Term) -> None:

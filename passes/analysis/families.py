@@ -172,11 +172,11 @@ class Families:
             if any(s.name == tensor and axis in (None, s.axis) for s in f.slices)
         )
 
-    def to_networkx(self) -> networkx.Graph:
+    def to_networkx(self) -> networkx.Graph[str]:
         """Families and tensors as a bipartite graph; an edge has its axis and role."""
         import networkx
 
-        graph = networkx.Graph()
+        graph: networkx.Graph[str] = networkx.Graph()
         for family in self.all:
             graph.add_node(
                 family.name,
@@ -193,7 +193,7 @@ class Families:
 
 
 @dataclass(frozen=True)
-class ZeroInvariantGroups(AnalysisPass):
+class ZeroInvariantGroups(AnalysisPass[Families]):
     """Finds the families of coupled slices, who writes and reads them, and what pins them."""
 
     name: ClassVar[str] = "zero-invariant-groups"
@@ -363,8 +363,9 @@ def _written_axes(program: Program, index: AtomIndex) -> dict[fx.Node, set[int]]
         if node.op == "placeholder":
             if info(node).tensor is not None:
                 constant.add(node)
-        elif node.op == "call_function" and node.all_input_nodes:
-            if all(used in constant for used in node.all_input_nodes):
+        elif node.op == "call_function":
+            inputs = node.all_input_nodes
+            if inputs and all(used in constant for used in inputs):
                 constant.add(node)
     written: dict[fx.Node, set[int]] = {}
     for node in reversed(list(program.graph.nodes)):

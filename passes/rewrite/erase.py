@@ -57,9 +57,9 @@ def erase_units(
                 edit.record_zeroed(name, axis, indices)
         for name, node in program.tensor_nodes.items():
             masks = {
-                axis: mask.nonzero().flatten()
+                axis: stay.nonzero().flatten()
                 for axis, term in enumerate(axis_map.terms(node))
-                if (mask := resize.mask(term)) is not None
+                if (stay := resize.mask(term)) is not None
             }
             if masks:
                 edit.keep(name, masks)

@@ -118,7 +118,7 @@ def select_local(
     keep_at_least: float,
     round_to: int,
 ) -> dict[Family, torch.Tensor]:
-    """Erase the same share of the units of each family, until the share of parameters is reached."""
+    """Erase the same share of each family's units, until the share of parameters is reached."""
     families = list(scores)
     steps = max((f.extent for f in families), default=1)
 

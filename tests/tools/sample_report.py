@@ -36,7 +36,9 @@ def record(spec: str, before: int, after: int) -> dict[str, object]:
 
 def sample_report() -> Report:
     families = [
-        FamilyRow("stem.weight:0", 32, 32, 40_000, "exact-after-correction", ("means still count",)),
+        FamilyRow(
+            "stem.weight:0", 32, 32, 40_000, "exact-after-correction", ("means still count",)
+        ),
         FamilyRow("gate.weight:0", 32, 32, 30_000, "approximate", (f"sigmoid(0): %gate {PLACE}",)),
     ]
     families += [

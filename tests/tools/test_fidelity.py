@@ -1,13 +1,16 @@
 import json
 import math
-from collections import namedtuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from torchlathe.tools.fidelity import OutputFidelity, as_call, compare_outputs
 
-Out = namedtuple("Out", ["logits", "hidden"])
+
+class Out(NamedTuple):
+    logits: torch.Tensor
+    hidden: Any
 
 
 class Cache:

@@ -13,7 +13,13 @@ def test_count(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 B"), (1023.9, "1.00 KiB"), (512, "512 B"), (2**20, "1.00 MiB"), (90_852_864, "86.6 MiB")],
+    [
+        (0, "0 B"),
+        (1023.9, "1.00 KiB"),
+        (512, "512 B"),
+        (2**20, "1.00 MiB"),
+        (90_852_864, "86.6 MiB"),
+    ],
 )
 def test_bytes(value: float, text: str) -> None:
     assert figures.bytes_text(value) == text

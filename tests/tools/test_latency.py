@@ -41,9 +41,7 @@ def test_the_budget_holds_and_one_round_is_always_taken() -> None:
     )
     assert time.perf_counter() - start < 1.0
     assert 1 <= len(latency.original_ms) <= 3
-    slow = compare_latency(
-        lambda: time.sleep(0.02), lambda: None, rounds=1000, budget_seconds=0.0
-    )
+    slow = compare_latency(lambda: time.sleep(0.02), lambda: None, rounds=1000, budget_seconds=0.0)
     assert len(slow.original_ms) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +151,7 @@ def _compile(parsed: argparse.Namespace, passes: list[Pass]) -> CompiledModel:
         named = load_model(
             parsed.model, inputs=parsed.inputs, dynamic=parsed.dynamic, seed=parsed.seed
         )
-        progress.say("capturing")
-        return compile_model(
+        compiled = compile_model(
             named.model,
             passes,
             named.args,
@@ -161,8 +161,11 @@ def _compile(parsed: argparse.Namespace, passes: list[Pass]) -> CompiledModel:
             verify=parsed.verify,
             instruments=_instruments(parsed, progress),
             measure_latency=not parsed.no_latency,
+            progress=progress.say,
             seed=parsed.seed,
         )
+    compiled.report = replace(compiled.report, notes=(*compiled.report.notes, *named.notes))
+    return compiled
 
 
 def _instruments(parsed: argparse.Namespace, progress: Any) -> list[Instrument]:

@@ -242,4 +242,3 @@ class GroupNorm(Rule):
         new = resize.extent(resize.layout(node).letters["g"])
         if new != groups and groups != 1:
             resize.edit.set_args(node, *with_arguments(node, {"num_groups": new}))
-

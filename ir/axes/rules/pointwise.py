@@ -84,7 +84,6 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     assert callable(node.target)
     try:
         result = float(node.target(*args, **kwargs))
-    except Exception:  # noqa: BLE001 - an op that does not take scalars only loses precision
+    except Exception:
         return UNKNOWN
     return Value(result) if math.isfinite(result) else UNKNOWN
-

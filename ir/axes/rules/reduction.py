@@ -117,7 +117,7 @@ def correct_means(node: fx.Node, share: float, resize: Resize, kind: str) -> Non
     if kind == "mean":
         edit.replace(node, edit.call(_MUL, (node, share), like=node))
         return
-    taken = {int(u.args[1]): u for u in node.users}  # type: ignore[call-overload]
+    taken: dict[Any, fx.Node] = {u.args[1]: u for u in node.users}
     mean = taken.get(1)
     if mean is None:
         mean = edit.call(operator.getitem, (node, 1), like=node)
@@ -161,4 +161,3 @@ class AlongAxis(Rule):
         if self.linear:
             return flow.structural(node)
         return flow.unknown(node)
-

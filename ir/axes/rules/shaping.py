@@ -136,8 +136,10 @@ class Expand(Structural):
             out.append(term)
         other = argument(node, "other")
         if isinstance(other, fx.Node):
-            out = [t if is_one(o) else ax.unify(t, o)
-                   for t, o in zip(out, ax.terms(other), strict=True)]
+            out = [
+                t if is_one(o) else ax.unify(t, o)
+                for t, o in zip(out, ax.terms(other), strict=True)
+            ]
         return tuple(out)
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
@@ -183,4 +185,3 @@ class Repeat(Structural):
                 ax.pin(term, "it is repeated a dynamic number of times")
                 out.append(ax.fresh(extent))
         return tuple(out)
-

@@ -284,4 +284,3 @@ class Index(Structural):
         if len(values) != 1:
             return unknown
         return tuple(None if v is None else values[0] for v in unknown)
-

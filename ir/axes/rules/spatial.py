@@ -75,5 +75,3 @@ class PixelShuffle(Structural):
         ax.pin_all(positions, "pixel shuffle rearranges positions")
         assert same(kept.extent, shape[-3])
         return (*lead, kept, *positions)
-
-

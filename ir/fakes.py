@@ -1,0 +1,132 @@
+"""Fake values: the shapes, dtypes and strides that ``node.meta["val"]`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+
+from torchlathe.ir.errors import Error, VerifyError
+from torchlathe.ir.provenance import describe
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+__all__ = ["FakeValues", "fake_run", "same_value"]
+
+
+def fake_run(node: fx.Node, mode: Any) -> Any:
+    """Run one ``call_function`` node on the fake values of its inputs.
+
+    Raises:
+        VerifyError: The op refuses its inputs, for instance because shapes do not fit.
+    """
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    try:
+        # The C++ kernels of composite ops would fix symbolic extents to those of the example.
+        with mode, torch.no_grad(), enable_python_dispatcher():
+            return node.target(*args, **kwargs)
+    except Error:
+        raise
+    except Exception as error:
+        shapes = [
+            f"%{n.name}: {tuple(n.meta['val'].shape)}"
+            for n in node.all_input_nodes
+            if isinstance(n.meta.get("val"), torch.Tensor)
+        ]
+        raise VerifyError(
+            f"{node.target} does not accept its inputs ({', '.join(shapes)}): {error}",
+            where=describe(node),
+        ) from error
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two fake values are interchangeable as metadata."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (
+            a.dtype == b.dtype
+            and a.device == b.device
+            and a.dim() == b.dim()
+            and all(_same_extent(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+            and all(_same_extent(x, y) for x, y in zip(a.stride(), b.stride(), strict=True))
+        )
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    return type(a) is type(b) and _same_extent(a, b)
+
+
+def _same_extent(a: Any, b: Any) -> bool:
+    # Comparing the expressions, not the SymInts, adds no guard to the shape environment.
+    a = a.node.expr if isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool) else a
+    b = b.node.expr if isinstance(b, torch.SymInt | torch.SymFloat | torch.SymBool) else b
+    return bool(a == b)
+
+
+class FakeValues:
+    """Makes fake values for known shapes, each of a kind once.
+
+    Propagating symbolic shapes through an op takes milliseconds, and making a symbolic tensor
+    nearly one; where shapes are known already, only the strides are left to find, and nodes of
+    the same shape can share one value, since nobody writes to metadata.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._made: dict[Any, torch.Tensor] = {}
+
+    def resized(self, value: Any, shapes: Sequence[Sequence[Any]]) -> Any:
+        """Fake values like these in other shapes; None where their strides have no simple order.
+
+        Args:
+            value: A fake tensor, or a list or tuple with some.
+            shapes: Per tensor, its new extents.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, list(shapes[0]))
+        rest = iter(shapes)
+        found = []
+        for item in value:
+            new = self._tensor(item, list(next(rest))) if isinstance(item, torch.Tensor) else item
+            if new is None and item is not None:
+                return None
+            found.append(new)
+        return type(value)(found)
+
+    def _tensor(self, value: torch.Tensor, shape: list[Any]) -> torch.Tensor | None:
+        order = _dense_order(value)
+        if order is None:
+            return None
+        extents = tuple(d.node.expr if isinstance(d, torch.SymInt) else d for d in shape)
+        key = (extents, tuple(order), value.dtype, value.device)
+        if key not in self._made:
+            strides: list[Any] = [0] * len(shape)
+            step: Any = 1
+            for axis in reversed(order):
+                strides[axis] = step
+                step = step * shape[axis]
+            meta = torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+            self._made[key] = FakeTensor(self._mode, meta, value.device)
+        return self._made[key]
+
+
+def _dense_order(value: torch.Tensor) -> list[int] | None:
+    """Axes from outermost to innermost, if the tensor has no gaps and no overlaps."""
+
+    def hint(x: Any) -> Any:
+        return x.node.hint if isinstance(x, torch.SymInt) else x
+
+    sizes, strides = [hint(d) for d in value.shape], [hint(s) for s in value.stride()]
+    if any(x is None for x in (*sizes, *strides)):
+        return None
+    order = sorted(range(len(sizes)), key=lambda i: (-strides[i], i))
+    step = 1
+    for axis in reversed(order):
+        if sizes[axis] != 1 and strides[axis] != step:
+            return None
+        step *= sizes[axis]
+    return order

@@ -1,0 +1,160 @@
+"""Finding backends by name, and the inductor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backends.small_models import Perceptron, dynamic_perceptron, erase_by_hand, same_outputs
+from torchlathe.backends import (
+    Backend,
+    CompiledModel,
+    Eager,
+    Inductor,
+    Lowerable,
+    backend_names,
+    get_backend,
+)
+from torchlathe.ir import BackendError, OptionError
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A backend of another package: runs by the module form, and counts."""
+
+    name = "counting"
+    calls: tuple[list[int]] = ([0],)
+
+    def lower(self, source: Lowerable) -> Callable[..., Any]:
+        module = source.graph_module()
+        assert all("val" in node.meta for node in source.program.nodes if node.op != "output")
+
+        def call(*inputs: Any) -> Any:
+            self.calls[0][0] += 1
+            return module(*inputs)
+
+        return call
+
+
+def test_backends_by_name_instance_and_class() -> None:
+    assert get_backend("eager") == Eager()
+    assert get_backend("inductor") == Inductor()
+    assert get_backend(Inductor(dynamic=True)).dynamic is True  # type: ignore[attr-defined]
+    assert isinstance(get_backend(Eager), Eager)
+    assert isinstance(Eager(), Backend)
+    assert backend_names() == ["eager", "inductor"]
+
+
+@pytest.mark.parametrize("name", ["induktor", "Inductor", "inducto"])
+def test_an_unknown_name_tells_the_nearest(name: str) -> None:
+    with pytest.raises(BackendError, match="did you mean inductor"):
+        get_backend(name)
+
+
+def test_what_is_no_backend_is_refused() -> None:
+    with pytest.raises(BackendError, match="there are eager, inductor"):
+        get_backend("zzz")
+    with pytest.raises(BackendError, match="is not a backend"):
+        get_backend(3)  # type: ignore[arg-type]
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
+    found = metadata.EntryPoints(
+        metadata.EntryPoint(name, value, "torchlathe.backends") for name, value in points
+    )
+    monkeypatch.setattr(metadata, "entry_points", lambda **kwargs: found.select(**kwargs))
+
+
+def test_an_entry_point_adds_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, ("counting", f"{__name__}:Counting"))
+    assert backend_names() == ["counting", "eager", "inductor"]
+    model = Perceptron().eval()
+    compiled = CompiledModel(dynamic_perceptron(model), "counting", source=model)
+    x = torch.randn(3, 4)
+    assert same_outputs(model, compiled, x)
+    assert compiled.backend.calls[0][0] == 1  # type: ignore[attr-defined]
+    # The module form reads the live tensors, too.
+    compiled.double()
+    assert compiled(x.double()).dtype is torch.float64
+    compiled.load_state_dict(Perceptron().double().state_dict(), assign=True)
+    assert not same_outputs(model.double(), compiled, x.double())
+
+
+def test_a_backend_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, ("broken", "no_such_module:Thing"), ("eager", f"{__name__}:Counting"))
+    with pytest.raises(BackendError, match="'broken'.*could not be loaded"):
+        get_backend("broken")
+    with pytest.raises(BackendError, match="several backends are called 'eager'"):
+        get_backend("eager")
+
+
+def test_a_backend_of_another_package_runs_a_loaded_model(tmp_path) -> None:
+    from torchlathe.backends import load
+
+    model = Perceptron().eval()
+    CompiledModel(dynamic_perceptron(model), source=model).save(tmp_path / "m.tl")
+    loaded = load(tmp_path / "m.tl", backend=Counting())
+    assert same_outputs(model, loaded, torch.randn(3, 4))
+
+
+# -- inductor -------------------------------------------------------------------------------------
+
+
+def test_options_of_the_inductor_are_checked() -> None:
+    with pytest.raises(OptionError, match="mode='fast' is not known"):
+        Inductor(mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="exclude each other"):
+        Inductor(mode="max-autotune", options={"freezing": True})
+    model = CompiledModel(dynamic_perceptron(Perceptron()))
+    with pytest.raises(BackendError, match="refuses"):
+        CompiledModel(model.program, Inductor(options={"no_such_option": 1}))
+
+
+@pytest.mark.cxx
+def test_the_inductor_runs_and_trains() -> None:
+    model = Perceptron().eval()
+    program = erase_by_hand(dynamic_perceptron(model))
+    eager = CompiledModel(program, source=model)
+    compiled = CompiledModel(program, "inductor")
+    for batch in (2, 5):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-5)
+    compiled(x).square().sum().backward()
+    eager(x).square().sum().backward()
+    for (name, mine), (_, other) in zip(
+        compiled.named_parameters(), eager.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+    with torch.no_grad():
+        before = compiled(x)
+        compiled.get_parameter("fc2.bias").add_(1)
+        torch.testing.assert_close(compiled(x), before + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiler_that_fails_gives_a_backend_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def refuse(module: torch.nn.Module, **options: Any) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            raise BackendCompilerFailed(module, RuntimeError("g++ is not there"))
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    compiled = CompiledModel(dynamic_perceptron(Perceptron()), "inductor")
+    with pytest.raises(BackendError, match=r"(?s)could not compile Perceptron.*g\+\+") as caught:
+        compiled(torch.randn(2, 4))
+    assert 'backend="eager"' in str(caught.value)
+
+
+def test_an_error_of_the_run_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*inputs: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: run)
+    compiled = CompiledModel(dynamic_perceptron(Perceptron()), "inductor")
+    with pytest.raises(ZeroDivisionError):
+        compiled(torch.randn(2, 4))
