@@ -29,7 +29,7 @@ from torchlathe.ir.functional import (
     functionalize_in_place,
     inline_wrapped_regions,
 )
-from torchlathe.ir.program import Program, TensorEntry, TensorKind
+from torchlathe.ir.program import Program, TensorEntry, TensorKind, copy_graph
 from torchlathe.ir.provenance import describe, set_info
 from torchlathe.ir.quiet import error_chain, quiet_torch
 
@@ -95,12 +95,13 @@ def from_exported(
         example_inputs: ``(args, kwargs)``; by default those kept in ``exported``.
         model: The module it came from; names that share a tensor there are kept as aliases.
     """
-    graph = _copy(exported.graph)
+    # The exported program stays as it was.
+    graph = copy_graph(exported.graph)
     if not (inline_wrapped_regions(graph, exported.graph_module) and functionalize_in_place(graph)):
         log.debug("wrapped regions or writes to aliases: flattening by run_decompositions")
         with quiet_torch():
             exported = exported.run_decompositions({})
-        graph = _copy(exported.graph)
+        graph = copy_graph(exported.graph)
         _refuse_submodules(graph)
     drop_statistics_updates(graph)
     signature = exported.graph_signature
@@ -146,13 +147,6 @@ def from_exported(
         range_constraints=exported.range_constraints,
         model_name=name,
     )
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    """A copy to work on: the exported program stays as it was."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
 
 
 def _refuse_submodules(graph: fx.Graph) -> None:

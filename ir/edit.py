@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchlathe.ir.fakes import FakeValues, fake_run, same_value
@@ -133,7 +134,9 @@ class Edit:
         name = self.program.aliases.get(name, name)
         entry = self.program.entries[name]
         if isinstance(entry.tensor, torch.nn.Parameter):
-            tensor = torch.nn.Parameter(tensor.detach(), requires_grad=entry.tensor.requires_grad)
+            # Only floating tensors have gradients; a quantised parameter has none.
+            trains = entry.tensor.requires_grad and tensor.is_floating_point()
+            tensor = torch.nn.Parameter(tensor.detach(), requires_grad=trains)
         self.program.entries[name] = replace(entry, tensor=tensor)
         node = self._tensor_nodes[name]
         node.meta["val"] = self._fake(tensor)
@@ -178,7 +181,8 @@ class Edit:
             tensor = _select(tensor, axis, indices)
             before = record.get(axis)
             record[axis] = indices if before is None else before[indices]
-        self.set_tensor(name, tensor.contiguous())
+        layout = suggest_memory_format(program.entries[name].tensor)
+        self.set_tensor(name, tensor.contiguous(memory_format=layout))
 
     def record_zeroed(self, name: str, axis: int, indices: torch.Tensor) -> None:
         """Note that an equal full-size model has zeros at these indices of a tensor's axis.

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
     from torchlathe.ir.program import Program
 
-__all__ = ["Extent", "as_int", "example_sizes", "expression", "symbol_names"]
+__all__ = [
+    "Extent",
+    "as_int",
+    "canonical_symbols",
+    "example_sizes",
+    "expression",
+    "symbol_names",
+]
 
 Extent: TypeAlias = "int | sympy.Expr"
 
@@ -50,6 +57,15 @@ def symbol_names(program: Program) -> dict[sympy.Symbol, str]:
                     names[symbol] = f"{prefix}{counts[prefix]}"
                     counts[prefix] += 1
     return names
+
+
+def canonical_symbols(names: Mapping[sympy.Symbol, str]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Symbols of these names for those of the shape environment, to put in their place."""
+    if not names:
+        return {}
+    import sympy
+
+    return {old: sympy.Symbol(name, **old.assumptions0) for old, name in names.items()}
 
 
 def example_sizes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchlathe.ir.errors import UnsupportedError
@@ -197,7 +198,7 @@ def _keeps_dtype(node: fx.Node, functional: torch._ops.OpOverload) -> bool:
         return False
     value = written.meta["val"]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    with value.fake_mode, torch.no_grad():
+    with value.fake_mode, torch.no_grad(), enable_python_dispatcher():
         result = functional(*args, **kwargs)
     return (
         isinstance(result, torch.Tensor)

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchlathe.ir.errors import InputError
-from torchlathe.ir.extents import as_int, symbol_names
+from torchlathe.ir.extents import as_int, canonical_symbols, symbol_names
 
 if TYPE_CHECKING:
     from torch import fx
@@ -126,7 +126,7 @@ def _symbolic_mismatch(
     if not extent.is_symbol:
         if not extent.free_symbols <= symbols.keys() or as_int(extent, symbols) == got:
             return None
-        name = extent.xreplace(symbol_names(program))
+        name = extent.xreplace(canonical_symbols(symbol_names(program)))
         return (
             f"must be {name} = {as_int(extent, symbols)}, got {got}",
             "the model relates this dimension to those of other inputs",
@@ -150,9 +150,9 @@ def _symbolic_mismatch(
 
 
 def _shape(program: Program, value: torch.Tensor) -> str:
-    names = symbol_names(program)
-    parts = (d if isinstance(d, int) else d.node.expr for d in value.shape)
-    return "(" + ", ".join(str(names.get(p, p)) for p in parts) + ")"
+    symbols = canonical_symbols(symbol_names(program))
+    parts = (d if isinstance(d, int) else d.node.expr.xreplace(symbols) for d in value.shape)
+    return "(" + ", ".join(map(str, parts)) + ")"
 
 
 def _brief(leaf: Any) -> str:

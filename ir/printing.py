@@ -15,14 +15,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from torchlathe.ir.extents import expression, symbol_names
+from torchlathe.ir.extents import canonical_symbols, expression, symbol_names
 from torchlathe.ir.inputs import input_paths
 from torchlathe.ir.program import TensorKind
 from torchlathe.ir.provenance import info, module_path
 
 if TYPE_CHECKING:
-    import sympy
-
     from torchlathe.ir.program import Program, TensorEntry
 
 __all__ = ["dtype_text", "program_text"]
@@ -65,7 +63,7 @@ class _Printer:
     def __init__(self, program: Program, axis_terms: bool) -> None:
         self.program = program
         names = symbol_names(program)
-        self._symbols = _renaming(names)
+        self._symbols = canonical_symbols(names)
         self._names = {symbol.name: name for symbol, name in names.items()}
         self._terms = _terms_reader(program) if axis_terms else None
         self._references = {
@@ -193,14 +191,6 @@ def _terms_reader(program: Program) -> Callable[[fx.Node], str]:
 
 def _braced(terms: Sequence[object]) -> str:
     return "{" + ", ".join(map(str, terms)) + "}"
-
-
-def _renaming(names: dict[sympy.Symbol, str]) -> dict[sympy.Symbol, sympy.Symbol]:
-    if not names:
-        return {}
-    import sympy
-
-    return {old: sympy.Symbol(name, **old.assumptions0) for old, name in names.items()}
 
 
 def _kind(entry: TensorEntry) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchlathe.ir.cost import ProgramCost
     from torchlathe.ir.edit import Edit
 
-__all__ = ["Program", "TensorEntry", "TensorKind"]
+__all__ = ["Program", "TensorEntry", "TensorKind", "copy_graph"]
 
 R = TypeVar("R")
 
@@ -49,6 +49,18 @@ class TensorEntry:
     tensor: torch.Tensor
     kind: TensorKind
     persistent: bool = True
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy in which each node keeps its name; FX renames those that Python knows, ``input``."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = copy.graph_copy(graph, mapping)
+    for node, copied in mapping.items():
+        copied.name = node.name
+    outputs = graph.find_nodes(op="output")
+    copy.output(result).meta.update(outputs[0].meta)
+    return copy
 
 
 class Program:
@@ -275,14 +287,9 @@ class Program:
 
     def copy(self) -> Program:
         """A copy with its own graph; tensors are shared, since nobody writes to them."""
-        graph = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
-        result = graph.graph_copy(self.graph, mapping)
-        for old, new in mapping.items():
-            new.name = old.name  # FX renames what shadows a builtin, as the input "input" does
-        graph.output(result).meta.update(self.output_node.meta)
+        name = type(self.graph_module).__name__
         other = Program(
-            fx.GraphModule(torch.nn.Module(), graph, type(self.graph_module).__name__),
+            fx.GraphModule(torch.nn.Module(), copy_graph(self.graph), name),
             self.entries,
             in_spec=self.in_spec,
             out_spec=self.out_spec,

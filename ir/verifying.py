@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import fx
 
-from torchlathe.ir.edit import fake_run
 from torchlathe.ir.equivalence import Equivalence, cannot_run, check_equivalence
 from torchlathe.ir.errors import VerifyError
 from torchlathe.ir.extents import expression
+from torchlathe.ir.fakes import fake_run
 from torchlathe.ir.provenance import describe, info
 
 if TYPE_CHECKING:

@@ -126,11 +126,7 @@ def load_plugin(plugin: str | Path | ModuleType) -> tuple[type[Pass], ...]:
     if not passes and not rules:
         raise SpecError(f"{origin} defines neither a pass nor RULES for axis terms")
     _refuse_clashes(passes, origin)
-    if rules:
-        from torchlathe.ir.axes import register_rule
-
-        for name, rule in rules.items():
-            register_rule(name, rule)
+    _register_rules(rules, origin)
     _plugins[origin] = _Plugin(origin, digest, passes)
     return passes
 
@@ -194,6 +190,21 @@ def _place(error: Exception) -> str | None:
     own = [frame for frame in frames if "importlib" not in frame.filename and frame.lineno]
     own = [frame for frame in own if frame.filename != __file__]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else None
+
+
+def _register_rules(rules: dict[str, Any], origin: str) -> None:
+    if not rules:
+        return
+    from torchlathe.ir.axes import Rule, register_rule
+
+    for name, rule in rules.items():
+        if "::" not in name or not isinstance(rule, Rule):
+            raise SpecError(
+                f"RULES of {origin} has {name!r}: {rule!r}",
+                hint='map names of ops, as "mylib::my_op", to objects of torchlathe.ir.axes.Rule',
+            )
+    for name, rule in rules.items():
+        register_rule(name, rule)
 
 
 def _refuse_clashes(passes: tuple[type[Pass], ...], origin: str) -> None:

@@ -30,6 +30,7 @@ PIPELINE = (
 )
 
 _BATCH = 16
+_EXAMPLES = 4  # sentences that latency is measured on
 _CALIBRATION, _TEST = 64, 240
 _PAIRS = 5
 
@@ -74,12 +75,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(parsed: argparse.Namespace) -> int:
-    from rich.console import Console
+    from rich.text import Text
 
     from torchlathe._compile import compile as compile_model
+    from torchlathe.tools.cli.console import output
+    from torchlathe.tools.figures import clip
 
     start = time.perf_counter()
-    console = Console(highlight=False)
+    console = output()
     parsed.out.mkdir(parents=True, exist_ok=True)
 
     _heading(console, "1. A pretrained model and real sentences")
@@ -87,16 +90,16 @@ def _demo(parsed: argparse.Namespace) -> int:
     calibration, test = split_sentences()
     batches = [tokenizer(part) for part in _batched(calibration)]
     console.print(
-        f"all-MiniLM-L6-v2; {len(calibration)} sentences to calibrate with and {len(test)} others "
-        f'to test on, such as\n  "{test[0]}"'
+        f"all-MiniLM-L6-v2; {len(calibration)} sentences of Python's documentation to calibrate "
+        f"with,\nand {len(test)} others to test on, such as"
     )
+    console.print(Text("\n".join(f"- {clip(text, 100)}" for text in test[:3]), style="dim"))
 
     _heading(console, "2. Compile")
-    console.print(f"{parsed.passes}\n")
     compiled = compile_model(
         encoder,
         parsed.passes,
-        example_kwargs=batches[0],
+        example_kwargs=tokenizer(calibration[:_EXAMPLES]),
         dynamic_shapes=_dynamic_shapes(),
         calibration=batches,
         backend=parsed.backend,
@@ -245,20 +248,19 @@ def compare_embeddings(
 
 def _print_agreement(console: Console, agreement: Agreement) -> None:
     from torchlathe.tools.figures import clip, share_text
-    from torchlathe.tools.report_text import new_table
+    from torchlathe.tools.report_text import new_table, section
 
-    table = new_table("Original against compressed, on the test sentences", "what", ">agreement")
+    table = new_table("what", ">agreement")
     table.add_row("cosine of each sentence's two embeddings, mean", f"{agreement.cosine:.4f}")
     table.add_row("the same, worst sentence", f"{agreement.worst_cosine:.4f}")
     table.add_row("Spearman correlation of all pairwise similarities", f"{agreement.spearman:.4f}")
     table.add_row("same nearest neighbour", share_text(agreement.same_neighbour))
-    console.print(table)
-    pairs = new_table("Similarity of some pairs", ">original", ">compressed", "*sentences")
+    console.print(section("Original against compressed, on the test sentences", table))
+    pairs = new_table(">original", ">compressed", "*sentences")
     for one, other, before, after in agreement.pairs:
-        texts = f"{clip(one, 76)}\n{clip(other, 76)}"
+        texts = f"{clip(one, 86)}\n{clip(other, 86)}"
         pairs.add_row(f"{before:.3f}", f"{after:.3f}", texts)
-    console.print()
-    console.print(pairs)
+    console.print(section("Similarity of some pairs of sentences", pairs))
 
 
 # -- saving ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ __all__ = ["Latency", "compare_latency"]
 
 _MIN_SAMPLE_SECONDS = 0.5e-3  # below this, one sample times several calls
 _MAX_CALLS = 200
+_LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def compare_latency(
         kwargs: Keyword arguments.
         rounds: At most so many samples of each.
         budget_seconds: Stop after so much time. The first call of each, in which a backend may
-            still compile, does not count, and one round is always taken.
+            still compile, does not count. Slow models may take three times as long, to have five
+            rounds; one round is always taken.
 
     Raises:
         ValueError: ``rounds`` is below 1.
@@ -131,9 +133,10 @@ def compare_latency(
     with torch.inference_mode():
         sample(original, 1)
         sample(compiled, 1)
-        end = time.perf_counter() + budget_seconds
-        quickest = min(sample(original, 1), sample(compiled, 1))
-        calls = min(_MAX_CALLS, max(1, math.ceil(_MIN_SAMPLE_SECONDS / max(quickest, 1e-9))))
+        start = time.perf_counter()
+        pair = (sample(original, 1), sample(compiled, 1))
+        calls = min(_MAX_CALLS, max(1, math.ceil(_MIN_SAMPLE_SECONDS / max(min(pair), 1e-9))))
+        end = start + max(budget_seconds, min(3 * budget_seconds, (_LEAST_ROUNDS + 1) * sum(pair)))
         while len(first) < rounds and (not first or time.perf_counter() < end):
             first.append(sample(original, calls) * 1e3)
             second.append(sample(compiled, calls) * 1e3)

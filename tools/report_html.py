@@ -78,8 +78,8 @@ def _tiles(report: Report) -> list[dict[str, Any]]:
             }
         )
     if (cosine := report.worst_cosine) is not None:
-        tops = [entry.top1 for entry in report.fidelity if entry.top1 is not None]
-        detail = f"top-1 agrees {figures.share_text(min(tops))}" if tops else "of the outputs"
+        errors = [e.relative_error for e in report.fidelity if e.relative_error is not None]
+        detail = f"relative error {figures.error_text(max(errors))}" if errors else ""
         tiles.append(
             {"title": "Output cosine", "value": f"{cosine:.4f}", "detail": detail, "good": False}
         )

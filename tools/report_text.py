@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from torchlathe.tools.report import Report
 
-__all__ = ["cost_tables", "family_table", "new_table", "pin_table", "renderables"]
+__all__ = ["cost_tables", "family_table", "new_table", "pin_table", "renderables", "section"]
 
 _FOLDERS = re.compile(r"/(?:[^\s/:]+/)+(?=[^\s/:]+/[^\s/:]+:\d)")
 _MOST_FAMILIES = 12
@@ -61,24 +62,13 @@ def renderables(report: Report) -> Iterator[RenderableType]:
     yield _footer(report)
 
 
-def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
+def new_table(*columns: str) -> Table:
     """A table in the one style that the tools use.
 
     Args:
-        title: Above it.
         *columns: Headings; ``">heading"`` aligns right, ``"*heading"`` takes the room that is left.
-        caption: Below it.
     """
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="dim",
-        padding=(0, 2, 0, 0),
-    )
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:
         right, wide = column.startswith(">"), column.startswith("*")
         table.add_column(
@@ -89,6 +79,14 @@ def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
             ratio=1 if wide else None,
         )
     return table
+
+
+def section(title: str, body: RenderableType, caption: str | None = None) -> RenderableType:
+    """Something under a title, with an empty line before it and perhaps a remark after it."""
+    parts: list[RenderableType] = [Text(title, style="bold"), body]
+    if caption:
+        parts.append(Text(caption, style="dim"))
+    return _apart(Group(*parts))
 
 
 def family_table(
@@ -111,10 +109,10 @@ def family_table(
     columns = ["*family", ">units", ">kept", ">params", "erasing is"]
     if not with_kept:
         columns.remove(">kept")
-    more = [f"{len(free) - len(shown)} smaller ones"] if len(free) > len(shown) else []
+    more = [f"{len(free) - len(shown)} smaller"] if len(free) > len(shown) else []
     more += [f"{len(rows) - len(free)} that cannot shrink"] if len(rows) > len(free) else []
     caption = f"... and {', '.join(more)}" if more else None
-    table = new_table("Families", *columns, caption=caption)
+    table = new_table(*columns)
     for row in shown:
         how = row.exactness.replace("-", " ")
         if reason := reason_text(row):
@@ -130,21 +128,14 @@ def family_table(
             kept = count_text(row.kept) if less else "all"
             cells.insert(2, Text(kept, style="green" if less else "dim"))
         table.add_row(*cells)
-    return _apart(table)
+    return section("Families", table, caption)
 
 
 def pin_table(rows: Sequence[Any], *, limit: int | None = None) -> RenderableType:
     """Pins as a table: why what cannot go cannot go."""
     shown = rows[:limit]
     left = len(rows) - len(shown)
-    table = new_table(
-        "Pinned",
-        "reason",
-        "*where",
-        ">families",
-        ">params",
-        caption=f"... and {left} more reasons" if left > 0 else None,
-    )
+    table = new_table("reason", "*where", ">families", ">params")
     for row in shown:
         table.add_row(
             escape(row.reason),
@@ -152,7 +143,7 @@ def pin_table(rows: Sequence[Any], *, limit: int | None = None) -> RenderableTyp
             count_text(len(row.families)),
             count_text(row.parameters),
         )
-    return _apart(table)
+    return section("Pinned", table, f"... and {left} more reasons" if left > 0 else None)
 
 
 def _places_text(places: Sequence[str]) -> str:
@@ -172,16 +163,7 @@ def cost_tables(cost: Any, *, limit: int | None = None) -> Iterator[RenderableTy
         shown = rows[:limit]
         left = len(rows) - len(shown)
         total = sum(row.flops for row in rows)
-        table = new_table(
-            title,
-            f"*{heading}",
-            ">calls",
-            ">FLOPs",
-            ">share",
-            ">traffic",
-            ">params",
-            caption=f"... and {left} cheaper ones" if left > 0 else None,
-        )
+        table = new_table(f"*{heading}", ">calls", ">FLOPs", ">share", ">traffic", ">params")
         for row in shown:
             table.add_row(
                 escape(row.name),
@@ -191,7 +173,7 @@ def cost_tables(cost: Any, *, limit: int | None = None) -> Iterator[RenderableTy
                 bytes_text(row.bytes),
                 count_text(row.parameters) if row.parameters else "",
             )
-        yield _apart(table)
+        yield section(title, table, f"... and {left} cheaper" if left > 0 else None)
 
 
 def short_place(text: str | None) -> str:
@@ -205,8 +187,7 @@ def reason_text(row: Any) -> str:
 
 
 def _totals(report: Report) -> RenderableType:
-    table = new_table("", "", ">before", ">after", ">change")
-    table.title = None
+    table = new_table("", ">before", ">after", ">change")
     before, after = report.before, report.after
     table.add_row(
         "parameters",
@@ -243,7 +224,7 @@ def _change(before: float, after: float) -> Text:
 
 
 def _passes(report: Report) -> RenderableType:
-    table = new_table("Passes", ">#", "*pass", ">params", ">FLOPs", ">time", "verified")
+    table = new_table(">#", "*pass", ">params", ">FLOPs", ">time", "verified")
     for index, record in enumerate(report.passes, 1):
         spec = str(record.get("spec", ""))
         if not record.get("changed", True):
@@ -256,7 +237,7 @@ def _passes(report: Report) -> RenderableType:
             seconds_text(float(record.get("seconds") or 0.0)),
             verification_text(record),
         )
-    return _apart(table)
+    return section("Passes", table)
 
 
 def _record_change(record: dict[str, Any], what: str) -> str:
@@ -286,14 +267,7 @@ def _diagnostics(report: Report) -> Iterator[RenderableType]:
 
 
 def _fidelity(report: Report) -> RenderableType:
-    table = new_table(
-        f"Outputs against the original, on {report.fidelity_inputs or 'the inputs'}",
-        "*output",
-        "shape",
-        ">cosine",
-        ">rel. error",
-        ">top-1",
-    )
+    table = new_table("*output", "shape", ">cosine", ">rel. error", ">top-1")
     for entry in report.fidelity[:_MOST_OUTPUTS]:
         shape = f"{entry.dtype}[{', '.join(map(str, entry.shape))}]"
         note = f"  ({entry.note})" if entry.note else ""
@@ -305,9 +279,11 @@ def _fidelity(report: Report) -> RenderableType:
             share_text(entry.top1) if entry.top1 is not None else "",
         )
     left = len(report.fidelity) - _MOST_OUTPUTS
-    if left > 0:
-        table.caption = f"... and {left} more"
-    return _apart(table)
+    return section(
+        f"Outputs against the original, on {report.fidelity_inputs or 'the inputs'}",
+        table,
+        f"... and {left} more" if left > 0 else None,
+    )
 
 
 def _footer(report: Report) -> RenderableType:
@@ -316,7 +292,7 @@ def _footer(report: Report) -> RenderableType:
         latency = report.latency
         threads = f"{latency.threads} thread{'s' if latency.threads != 1 else ''}"
         parts.append(
-            f"Latency: medians of {len(latency.original_ms)} interleaved runs on {latency.device} "
+            f"Latency: median of {_runs(len(latency.original_ms))} on {latency.device} "
             f"with {threads}, {', '.join(latency.inputs)}."
         )
     stages = ", ".join(f"{name} {seconds_text(s)}" for name, s in report.stages.items())
@@ -324,6 +300,10 @@ def _footer(report: Report) -> RenderableType:
     if report.versions:
         parts.append(" ".join(f"{name} {value}" for name, value in report.versions.items()))
     return _apart(Text("\n".join(parts), style="dim"))
+
+
+def _runs(count: int) -> str:
+    return f"{count} interleaved runs" if count != 1 else "one run"
 
 
 def _apart(part: RenderableType) -> RenderableType:

@@ -62,10 +62,15 @@ def documentation_sentences() -> list[str]:
             # Code and grammar are indented; headings are underlined.
             if not lines or any(re.match(r"\s|[*=\-^~]", line) for line in lines):
                 continue
-            for sentence in _SENTENCE_END.split(" ".join(lines)):
+            for sentence in _SENTENCE_END.split(_joined(lines)):
                 if _is_prose(sentence):
                     found[sentence] = None
     return list(found)
+
+
+def _joined(lines: Sequence[str]) -> str:
+    """Lines as one; a word that was broken at its hyphen is whole again."""
+    return re.sub(r"(?<=\w-)\n", "", "\n".join(lines)).replace("\n", " ")
 
 
 def _is_prose(sentence: str) -> bool:

@@ -46,6 +46,8 @@ class AtomIndex:
             for used in node.all_input_nodes:
                 for used_row in self._axes[used]:
                     here.update(*used_row)
+            if not axis_map.has(node):
+                continue  # sizes, checks and the output have no axes to follow
             for number in here:
                 self.touching.setdefault(number, []).append(node)
 

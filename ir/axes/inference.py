@@ -44,6 +44,10 @@ class AxisMap:
         found = self._terms.get(node, ())
         return found if isinstance(found, tuple) else ()
 
+    def has(self, node: fx.Node) -> bool:
+        """Whether a node has tensors, and so terms."""
+        return node in self._terms
+
     def terms_of(self, node: fx.Node, index: int) -> tuple[Term, ...]:
         """The terms of one result of an op with several."""
         found = self._terms.get(node, ())
@@ -108,10 +112,10 @@ class Inference:
                         self.pin_all(terms or (), "it is an axis of an output of the model")
         resolved: dict[fx.Node, Terms] = {}
         atoms: dict[int, Atom] = {}
-        for node, terms in self._terms.items():
-            flat: Sequence[tuple[Term, ...] | None] = terms if isinstance(terms, list) else [terms]
+        for node, found in self._terms.items():
+            flat = found if isinstance(found, list) else [found]
             done = [None if t is None else tuple(map(self.solver.resolve, t)) for t in flat]
-            resolved[node] = done if isinstance(terms, list) else done[0] or ()
+            resolved[node] = done if isinstance(found, list) else done[0] or ()
             for t in done:
                 for term in t or ():
                     for atom in self.solver.atoms(term):

@@ -36,6 +36,7 @@ def _table() -> Mapping[str, Rule]:
         Expand,
         Permute,
         Repeat,
+        RepeatInterleave,
         Reshape,
         Squeeze,
         Unsqueeze,
@@ -117,6 +118,7 @@ def _table() -> Mapping[str, Rule]:
         (Expand("size"), "expand broadcast_to"),
         (Expand(), "expand_as"),
         (Repeat(), "repeat"),
+        (RepeatInterleave(), "repeat_interleave"),
         # -- cutting and joining
         (Slice(), "slice"),
         (Select(), "select"),
@@ -127,7 +129,7 @@ def _table() -> Mapping[str, Rule]:
         (Pad(), "pad constant_pad_nd"),
         (PinnedAxis(("dims",), "its indices change places"), "roll flip"),
         (PinnedAxis(("dim",), "its order matters"), "sort topk argsort"),
-        (PinnedAxis(("diagonal_axes",), "it depends on the position"), "tril triu"),
+        (PinnedAxis((), "it depends on the position"), "tril triu"),
         # -- positions
         (OverPositions(1), "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d"),
         (

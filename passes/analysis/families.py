@@ -242,7 +242,8 @@ class _Finder:
                     places.setdefault(atom.number, []).append((name, axis, term))
         for number, found in places.items():
             atom = atoms[number]
-            if isinstance(atom.extent, int):
+            owned = {self.program.entries[name].kind for name, _, _ in found}
+            if isinstance(atom.extent, int) and TensorKind.PARAMETER in owned:
                 yield self._family(atom, found)
 
     def _family(self, atom: Atom, places: list[tuple[str, int, Term]]) -> Family:

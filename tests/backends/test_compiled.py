@@ -71,7 +71,10 @@ def test_outputs_have_the_structure_of_the_model(tied: tuple[Tied, CompiledModel
 def test_nothing_is_shared_with_the_model(tied: tuple[Tied, CompiledModel]) -> None:
     model, compiled = tied
     own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
-    own |= {model.shift.untyped_storage().data_ptr(), model.plain.untyped_storage().data_ptr()}
+    own |= {
+        model.get_buffer("shift").untyped_storage().data_ptr(),
+        model.plain.untyped_storage().data_ptr(),
+    }
     for name, tensor in (*compiled.named_parameters(), *compiled.named_buffers()):
         assert tensor.untyped_storage().data_ptr() not in own, name
 
@@ -360,7 +363,7 @@ def test_a_dtype_that_the_graph_cannot_follow_changes_nothing() -> None:
             compiled.bfloat16()
         assert "convert the model first" in str(caught.value)
         assert torch.equal(compiled(x), before)
-    assert compiled.fc.weight.dtype is torch.float32
+    assert compiled.get_parameter("fc.weight").dtype is torch.float32
 
 
 def test_a_compiled_model_can_be_captured_again() -> None:
@@ -402,7 +405,7 @@ def test_strange_constants_do_not_disturb() -> None:
             self.register_buffer("row", torch.randn(1).expand(4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.conv(x) * self.row.view(4, 1, 1)
+            return self.conv(x) * self.get_buffer("row").view(4, 1, 1)
 
     model = Layouts().eval()
     x = torch.randn(2, 4, 6, 6)

@@ -5,6 +5,7 @@ import torch
 
 from tests.passes import sample_passes
 from torchlathe.ir import Program, capture
+from torchlathe.ir.axes import table
 from torchlathe.passes import load_plugin, registry
 
 
@@ -21,11 +22,14 @@ def samples() -> Iterator[None]:
 @pytest.fixture
 def own_registry() -> Iterator[None]:
     """The test begins without plugins, and what it loads is forgotten after it."""
-    before = dict(registry._plugins)
-    registry._plugins.clear()
+    stores: list[dict] = [registry._plugins, table._registered]
+    before = [dict(store) for store in stores]
+    for store in stores:
+        store.clear()
     yield
-    registry._plugins.clear()
-    registry._plugins.update(before)
+    for store, items in zip(stores, before, strict=True):
+        store.clear()
+        store.update(items)
 
 
 @pytest.fixture

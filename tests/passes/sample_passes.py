@@ -48,7 +48,7 @@ class Everything(RewritePass):
     nested: Mapping[str, Sequence[int]] = field(default_factory=dict)
     mixed: bool | int | float | str | tuple[str, ...] | None = None
     share: float | dict[str, float] = field(default=0.5, metadata={"help": "how much"})
-    function: Literal["l2"] | Callable[[int], int] | torch.Tensor = "l2"
+    function: Literal["l2"] | Callable[..., Any] | torch.Tensor = "l2"
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         return PassResult(changed=False)

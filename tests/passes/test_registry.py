@@ -118,6 +118,7 @@ def test_a_plugin_can_be_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("text", "message"),
     [
         ("x = 1", "{path} defines neither a pass nor RULES for axis terms"),
+        ("RULES = {'my_op': 1}", "RULES of {path} has 'my_op': 1"),
         (
             "def",
             "the plugin {path} failed to load: SyntaxError: invalid syntax (plugin.py, line 1)",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import torchlathe
+from tests.passes import sample_passes
 from tests.passes.sample_passes import Everything, Misbehave, Nothing, ReluToClamp
 from torchlathe.ir import PassError, Program
 from torchlathe.passes import PassManager, load_plugin
@@ -87,6 +88,7 @@ def test_the_script_fails_again(
         "    def run(self, program, ctx):\n"
         "        raise ValueError(f'drew {torch.rand(()).item()} of {program.model_name}')\n"
     )
+    load_plugin(sample_passes)
     load_plugin(plugin)
     saved: dict[Path, Program] = {}
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.passes.sample_passes import aten, relus, small_net
 from torchlathe.ir import InputError, Program, UnsupportedError, VerifyError, capture, equivalence
+from torchlathe.ir.interpreting import run_flat
 from torchlathe.ir.provenance import set_info
 from torchlathe.ir.verifying import cannot_run, check_equivalence, verify
 
@@ -270,7 +271,7 @@ def test_a_selection_of_old_values_is_not(program: Program) -> None:
 
 def test_given_inputs_are_used(program: Program) -> None:
     other = edited(program, scaled(2.0))
-    zeros = ((torch.zeros(5, 4),), {})
+    zeros: Any = ((torch.zeros(5, 4),), {})
     with torch.no_grad():
         bias = program.run(torch.zeros(5, 4)) - program.tensor("2.bias")
     assert check_equivalence(program, other, inputs=zeros).max_abs_error == pytest.approx(
@@ -324,7 +325,7 @@ def test_ops_that_take_no_float64_are_compared_in_their_own_dtype(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = capture(NoDouble(), (torch.randn(2, 4),))
-    run = equivalence.run_flat
+    run = run_flat
 
     def refuse(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         if dtype is not None:

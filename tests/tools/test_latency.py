@@ -39,8 +39,8 @@ def test_the_budget_holds_and_one_round_is_always_taken() -> None:
     latency = compare_latency(
         lambda: time.sleep(0.05), lambda: time.sleep(0.05), rounds=1000, budget_seconds=0.3
     )
-    assert time.perf_counter() - start < 1.0
-    assert 1 <= len(latency.original_ms) <= 3
+    assert time.perf_counter() - start < 1.5
+    assert 2 <= len(latency.original_ms) <= 6
     slow = compare_latency(lambda: time.sleep(0.02), lambda: None, rounds=1000, budget_seconds=0.0)
     assert len(slow.original_ms) == 1
 

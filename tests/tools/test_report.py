@@ -56,12 +56,12 @@ def test_text_tells_what_matters() -> None:
         "95.0 %",
         "approximate (sigmoid(0))",
         "exact after correction (means still count)",
-        "... and 10 smaller ones, 1 that cannot shrink",
+        "... and 10 smaller, 1 that cannot shrink",
         "it is an output",
         "and 2 more",
         "Dropped, never read by forward: pooler.weight",
         "Note: the weights are random",
-        "medians of 3 interleaved runs on cpu with 2 threads",
+        "median of 3 interleaved runs on cpu with 2 threads",
         "capture 3.10 s",
     ):
         assert part in text, part

@@ -22,6 +22,7 @@ from tests.zoo.oracle import (
     erased,
     in_float64,
     outputs,
+    parameter_count,
     relative_error,
     same_tensors,
     zeroed_twin,
@@ -73,6 +74,7 @@ def test_families(zoo: ZooModel) -> None:
 
     families = case.program.analysis(ZeroInvariantGroups)
     prunable = list(families.prunable)
+    assert len({f.name for f in families}) == len(families)
     axes = {f"{s.name}[{s.axis}]" for family in prunable for s in family.slices}
     names = case.program.aliases
     missing = [a for a in zoo.free if a not in axes and _kept_name(a, names) not in axes]
@@ -128,7 +130,7 @@ def test_erase_half(zoo: ZooModel) -> None:
     check_structure(case.program, after)
     verify(after, "full")
 
-    before, left = _count(case.program.parameters), _count(after.parameters)
+    before, left = parameter_count(case.program), parameter_count(after)
     assert left < 0.85 * before, f"{left} of {before} parameters are left"
     twin = zeroed_twin(case.model, after.zeroed)
     moved = 0.0
@@ -139,10 +141,6 @@ def test_erase_half(zoo: ZooModel) -> None:
         assert error <= case.limit, f"{error:.2e} at size {which}"
         moved = max(moved, relative_error(want, outputs(case.model, inputs)))
     assert moved > 1e-6
-
-
-def _count(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(t.numel() for t in tensors.values())
 
 
 @every_model

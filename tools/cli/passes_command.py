@@ -70,7 +70,7 @@ def _print_list(found: dict[str, type[Pass]]) -> None:
     from torchlathe.tools.cli.console import output
     from torchlathe.tools.report_text import new_table
 
-    table = new_table("Passes", "pass", "kind", "*what it does")
+    table = new_table("pass", "kind", "*what it does")
     for name, cls in sorted(found.items(), key=lambda item: (_kind(item[1]), item[0])):
         table.add_row(name, _kind(cls), _summary(cls))
     console = output()
@@ -84,7 +84,7 @@ def _explain(cls: type[Pass]) -> None:
     from torchlathe.passes.options import options_of
     from torchlathe.passes.registry import plugin_of
     from torchlathe.tools.cli.console import output
-    from torchlathe.tools.report_text import new_table
+    from torchlathe.tools.report_text import new_table, section
 
     console = output()
     console.print(Text.assemble((cls.name, "bold"), f" · {_kind(cls)}"))
@@ -93,13 +93,12 @@ def _explain(cls: type[Pass]) -> None:
     console.print(Text(_without_attributes(inspect.getdoc(cls) or "")))
     options = options_of(cls)
     if options:
-        console.print()
-        table = new_table("Options", "option", "type", "default", "*meaning")
+        table = new_table("option", "type", "default", "*meaning")
         for option in options:
             default = "required" if option.required else option.default_text
             meaning = option.help or _attribute_texts(cls).get(option.name, "")
             table.add_row(option.key, option.type_text, default, meaning)
-        console.print(table)
+        console.print(section("Options", table))
     for title, names in _promises(cls).items():
         console.print(Text.assemble((f"\n{title}: ", "dim"), ", ".join(names)), end="")
     if origin := plugin_of(cls):

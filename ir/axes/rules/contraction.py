@@ -21,7 +21,7 @@ from torchlathe.ir.axes.rule import (
     argument,
     with_arguments,
 )
-from torchlathe.ir.axes.terms import ONE, Term
+from torchlathe.ir.axes.terms import ONE, Mismatch, Term
 
 if TYPE_CHECKING:
     from torchlathe.ir.axes.flow import Flow
@@ -166,9 +166,13 @@ def _axes(body: str, rank: int, ranks: dict[str, int]) -> Axes:
             axes.append((name,))
             continue
         count = rank - (len(names) - 1)
+        if count < 0:
+            raise Mismatch(f"an operand of rank {rank} for [{body}]")
         # Numbered from the right, because broadcasting aligns at the right.
         axes.extend((f"{name[1:]}{count - 1 - i}",) for i in range(count))
         ranks[name] = count
+    if len(axes) != rank:
+        raise Mismatch(f"an operand of rank {rank} for [{body}]")
     return tuple(axes)
 
 

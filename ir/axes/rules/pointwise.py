@@ -32,12 +32,19 @@ class Pointwise(Rule):
 
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """Operands broadcast against each other."""
+        if self.zero == "identity":
+            # A second operand, as that of type_as, gives its dtype and nothing else.
+            return ax.terms(node.args[0])
         operands = [ax.terms(n) for n in node.all_input_nodes]
         return ax.broadcast(operands, node.meta["val"].dim())
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """Per axis, the function of what the operands hold there."""
         rank = flow.rank(node)
+        source = node.args[0]
+        if self.zero == "identity":
+            assert isinstance(source, fx.Node)
+            return tuple(flow.value(source, axis) for axis in range(rank))
         out: list[Value | None] = []
         for axis in range(rank):
             if not flow.on(node, axis):
@@ -53,8 +60,6 @@ class Pointwise(Rule):
     def _combine(self, node: fx.Node, values: dict[fx.Node, Value | None]) -> Value:
         known = [v for v in values.values() if v is not None]
         first = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        if self.zero == "identity":
-            return first or UNKNOWN
         if self.zero == "product" and any(v.is_zero for v in known):
             return ZERO
         if self.zero == "quotient" and first is not None and first.is_zero:

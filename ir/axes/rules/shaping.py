@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from torchlathe.ir.axes.inference import Inference
     from torchlathe.ir.axes.resize import Resize
 
-__all__ = ["Expand", "Permute", "Repeat", "Reshape", "Squeeze", "Structural", "Unsqueeze"]
+__all__ = [
+    "Expand",
+    "Permute",
+    "Repeat",
+    "RepeatInterleave",
+    "Reshape",
+    "Squeeze",
+    "Structural",
+    "Unsqueeze",
+]
 
 
 class Structural(Rule):
@@ -185,3 +194,22 @@ class Repeat(Structural):
                 ax.pin(term, "it is repeated a dynamic number of times")
                 out.append(ax.fresh(extent))
         return tuple(out)
+
+
+class RepeatInterleave(Structural):
+    """``repeat_interleave`` by a number: the copies are an inner factor of their own."""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """``axis x repeat``; the number of copies is fixed."""
+        repeats, dim = argument(node, "repeats"), argument(node, "dim")
+        terms = list(ax.terms(node.args[0]))
+        if not isinstance(repeats, int) or dim is None:
+            ax.pin_all(terms, "it is repeated by the values of a tensor, or flattened first")
+            fresh = tuple(ax.fresh(e) for e in ax.shape(node))
+            ax.pin_all(fresh, "it is repeated by the values of a tensor, or flattened first")
+            return fresh
+        copies = ax.fresh(repeats)
+        ax.pin(copies, "it numbers the copies of a repeat")
+        dim %= len(terms)
+        terms[dim] = ax.solver.product((terms[dim], copies))
+        return tuple(terms)
