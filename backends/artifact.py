@@ -82,7 +82,8 @@ def _report(compiled: CompiledModel) -> Any:
 def load(path: str | os.PathLike[str], backend: str | Backend = "eager") -> CompiledModel:
     """Load a compiled model.
 
-    It gives the outputs that the saved one gave, bit by bit on the same machine, and its
+    It gives the outputs that the saved one gave (bit by bit on the same machine, with as many
+    threads), and its
     ``program`` can go through more passes. The file is checked as a whole, and nothing in it is
     run or unpickled; ops that are not torch's own must be registered before, by importing their
     package.

@@ -166,7 +166,7 @@ def _registered(name: str) -> Any:
 
 def _lookup(name: str) -> Any:
     for kind in pytree.SUPPORTED_NODES:
-        if isinstance(kind, type) and kind not in _PLAIN_NAMES and _type_name(kind) == name:
+        if isinstance(kind, type) and kind not in pytree.BUILTIN_TYPES and _type_name(kind) == name:
             return kind
     return None
 

@@ -49,6 +49,10 @@ _STORED_IN = {
 }
 
 
+def _computed_in(dtype: torch.dtype) -> float:
+    return _COMPUTED_IN.get(dtype, 0.5)
+
+
 @dataclass(frozen=True)
 class Equivalence:
     """How far two programs are apart on some inputs.
@@ -124,47 +128,58 @@ def check_equivalence(
     return run.compare(*run.outputs())
 
 
-@dataclass(frozen=True)
 class _Run:
-    before: Program
-    after: Program
-    reference: ReplaceTensor | None
-    flat: Sequence[Any]
-    dtype: torch.dtype | None  # None: the dtypes that the programs have
+    """One comparison in one dtype; None stands for the dtypes that the programs have."""
+
+    def __init__(
+        self,
+        before: Program,
+        after: Program,
+        reference: ReplaceTensor | None,
+        flat: Sequence[Any],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.before, self.after, self.reference = before, after, reference
+        self.flat, self.dtype = flat, dtype
+        self.seen: set[torch.dtype] = set()  # dtypes that something was computed in
 
     def outputs(self, watch: _Watch | None = None) -> tuple[list[Any], list[Any]]:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            # Random ops draw the same numbers on both sides.
-            torch.manual_seed(0)
-            want = run_flat(
-                self.before,
-                self.flat,
-                replace_tensor=self.reference,
-                dtype=self.dtype,
-                observe=None if watch is None else watch.first,
-            )
-            torch.manual_seed(0)
-            return want, self._outputs_after(watch)
-
-    def _outputs_after(self, watch: _Watch | None) -> list[Any]:
         done: list[fx.Node] = []
 
-        def observe(node: fx.Node, value: Any) -> None:
+        def first(node: fx.Node, value: Any) -> None:
+            self._note(value)
+            if watch is not None:
+                watch.first(node, value)
+
+        def second(node: fx.Node, value: Any) -> None:
             done.append(node)
+            self._note(value)
             if watch is not None:
                 watch.second(node, value)
 
-        try:
-            return run_flat(self.after, self.flat, dtype=self.dtype, observe=observe)
-        except (RuntimeError, TypeError, ValueError) as error:
-            calls = [node for node in self.after.nodes if node.op == "call_function"]
-            raise VerifyError(
-                f"the changed program does not run: {error}",
-                where=describe(calls[len(done)]) if len(done) < len(calls) else None,
-            ) from error
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            # Random ops draw the same numbers on both sides.
+            torch.manual_seed(0)
+            replace = self.reference
+            want = run_flat(
+                self.before, self.flat, replace_tensor=replace, dtype=self.dtype, observe=first
+            )
+            torch.manual_seed(0)
+            try:
+                return want, run_flat(self.after, self.flat, dtype=self.dtype, observe=second)
+            except (RuntimeError, TypeError, ValueError) as error:
+                calls = [node for node in self.after.nodes if node.op == "call_function"]
+                raise VerifyError(
+                    f"the changed program does not run: {error}",
+                    where=describe(calls[len(done)]) if len(done) < len(calls) else None,
+                ) from error
+
+    def _note(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            self.seen.add(value.dtype.to_real())
 
     def compare(self, want: Sequence[Any], got: Sequence[Any]) -> Equivalence:
-        tolerance, name = self._tolerance(want)
+        tolerance, name = self._tolerance()
         worst_abs = worst_rel = 0.0
         detail: str | None = None
         if len(want) != len(got):
@@ -180,16 +195,18 @@ class _Run:
             detail += f"; the first node that differs is {place}"
         return Equivalence(worst_abs, worst_rel, detail is None, tolerance, name, detail)
 
-    def _tolerance(self, want: Sequence[Any]) -> tuple[float, str]:
+    def _tolerance(self) -> tuple[float, str]:
+        """The tolerance, and the narrowest dtype that anything was computed in.
+
+        A cast that the graph fixes, to complex64 for instance, is narrower than what was asked for.
+        """
+        found = self.seen or {torch.float64}
+        narrowest = max(found, key=_computed_in)
+        tolerance = _computed_in(narrowest)
         if self.dtype is not None:
-            stored = [_STORED_IN.get(d, 1e-2) for d in _new_values(self.before, self.after)]
-            name = str(self.dtype).removeprefix("torch.")
-            return max([_COMPUTED_IN.get(self.dtype, 1e-2), *stored]), name
-        found = {e.tensor.dtype for e in self.before.entries.values()}
-        found |= {x.dtype for x in want if isinstance(x, torch.Tensor)}
-        floating = [d for d in found if d.is_floating_point] or [torch.float32]
-        worst = max(floating, key=lambda d: _COMPUTED_IN.get(d, 0.5))
-        return _COMPUTED_IN.get(worst, 0.5), str(worst).removeprefix("torch.")
+            stored = (_STORED_IN.get(d, 5e-2) for d in _new_values(self.before, self.after))
+            tolerance = max([tolerance, *stored])
+        return tolerance, str(narrowest).removeprefix("torch.")
 
     def _first_difference(self, tolerance: float) -> str | None:
         """The first node, of those that both programs have, whose value is another one."""

@@ -106,6 +106,21 @@ class Pass(ABC):
 class AnalysisPass(Pass, Analysis[R], Generic[R]):
     """An analysis that can also stand in a pipeline, where its statistics are recorded."""
 
+    def __post_init__(self) -> None:
+        """Hold the options to their types, and to being the key of a cache.
+
+        Raises:
+            OptionError: A value is not of its option's type, or cannot be hashed.
+        """
+        super().__post_init__()
+        try:
+            hash(self)
+        except TypeError as error:
+            raise OptionError(
+                f"the options of {self.name} cannot be the key of its cached result: {error}",
+                hint="use tuples instead of lists, and no dicts",
+            ) from error
+
     def statistics(self, result: R) -> dict[str, int | float]:
         """Numbers of a result that are worth a line in the report."""
         return {}
@@ -286,8 +301,8 @@ class PassRecord:
         diagnostics: What the pass told the user.
         analyses: Names of the analyses that were ``computed``, ``reused`` and ``dropped``. Only
             those asked for through `PassContext.analysis` and ``requires`` are seen.
-        verification: Level, errors, tolerance, dtype, whether it passed, and the seconds that it
-            took; None if the outputs were not compared.
+        verification: Level, errors, tolerance, dtype, whether it passed, and the seconds that all
+            checks took; None if the outputs were not compared.
         peak_memory: Bytes by which the peak resident memory of the process rose during the pass;
             0 if it stayed below an earlier peak, None where the system does not tell.
     """

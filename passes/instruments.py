@@ -107,10 +107,10 @@ class DumpIR(Instrument):
 
 
 class Timing(Instrument):
-    """Keep the time of each pass, without and with verifying; ``str()`` gives a table.
+    """Keep the time of each pass and of the checks after it; ``str()`` gives a table.
 
     Attributes:
-        seconds: ``(pass, seconds of the pass, seconds of comparing the outputs)`` of each.
+        seconds: ``(pass, seconds of the pass, seconds of the checks)`` of each.
     """
 
     def __init__(self) -> None:

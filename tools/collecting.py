@@ -67,10 +67,13 @@ def collect_report(
     """
     latency: Latency | None = None
     fidelity: list[OutputFidelity] = []
+    inputs_are = ""
     measure = original is not None and compiled is not None
     start = time.perf_counter()
     if original is not None and compiled is not None:
-        fidelity = compare_outputs(original, compiled, _batches(before, calibration))
+        batches, inputs_are, left_out = _batches(before, calibration)
+        fidelity = compare_outputs(original, compiled, batches)
+        notes = [*notes, *left_out]
         if latency_seconds > 0:
             args, kwargs = before.example_inputs
             latency = compare_latency(
@@ -89,7 +92,7 @@ def collect_report(
         passes=tuple(record_dict(record) for record in after.history[len(before.history) :]),
         latency=latency,
         fidelity=tuple(fidelity),
-        fidelity_inputs=_batches_name(calibration, fidelity),
+        fidelity_inputs=inputs_are if fidelity else "",
         families=tuple(family_rows(families, _families_left(before, after))),
         pins=tuple(pin_rows(families)),
         parameters=tuple(_parameter_rows(before, after)),
@@ -203,18 +206,35 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _batches(program: Program, calibration: Iterable[Any] | None) -> Iterator[Any]:
+def _batches(
+    program: Program, calibration: Iterable[Any] | None
+) -> tuple[list[Any], str, list[str]]:
+    """Calls to compare outputs on, what they are, and notes on those that do not fit."""
     from torchlathe.passes import PassContext
 
-    return islice(PassContext(program, calibration=calibration).inputs(), _MOST_BATCHES)
-
-
-def _batches_name(calibration: Iterable[Any] | None, fidelity: Sequence[OutputFidelity]) -> str:
-    if not fidelity:
-        return ""
-    count = fidelity[0].batches
-    plural = "es" if count != 1 else ""
-    return f"{count} calibration batch{plural}" if calibration is not None else "the example inputs"
+    example = program.example_inputs
+    if calibration is None:
+        return [example], "the example inputs", []
+    given = list(islice(PassContext(program, calibration=calibration).inputs(), _MOST_BATCHES))
+    fitting = []
+    problem = ""
+    for args, kwargs in given:
+        try:
+            program.flatten_inputs(args, kwargs)
+            fitting.append((args, kwargs))
+        except InputError as error:
+            problem = error.message
+    notes = []
+    if problem:
+        count = len(given) - len(fitting)
+        notes.append(
+            f"{count} of {len(given)} calibration batches do not fit what was captured, so outputs "
+            f"were not compared on them: {problem}"
+        )
+    if not fitting:
+        return [example], "the example inputs", notes
+    plural = "es" if len(fitting) != 1 else ""
+    return fitting, f"{len(fitting)} calibration batch{plural}", notes
 
 
 def _families_left(before: Program, after: Program) -> Iterable[Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it, without ``result``."""
-        return {
+        data: dict[str, Any] = {
             "model": self.model,
             "totals": asdict(self.totals),
             "free_share": self.free_share,
@@ -93,6 +94,8 @@ class Inspection:
             "cost": asdict(self.cost) if self.cost is not None else None,
             "notes": list(self.notes),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(data))
+        return plain
 
 
 def inspect_program(program: Program, *, notes: Sequence[str] = ()) -> Inspection:

@@ -68,12 +68,14 @@ class Flow:
     Attributes:
         atom: The atom whose indices are left out.
         corrections: What has to be corrected, by node.
+        folds: The constant that the erased indices hold where a contraction reads them, by node.
         losses: Why leaving the indices out changes what is computed elsewhere, by node.
     """
 
     index: AtomIndex
     atom: Atom
     corrections: dict[fx.Node, str] = field(default_factory=dict)
+    folds: dict[fx.Node, float] = field(default_factory=dict)
     losses: dict[fx.Node, str] = field(default_factory=dict)
     _values: dict[fx.Node, Values] = field(default_factory=dict)
 
@@ -152,6 +154,10 @@ class Flow:
     def correct(self, node: fx.Node, how: str) -> None:
         """Note that ``Rule.resize`` has to correct this node."""
         self.corrections[node] = how
+
+    def fold(self, node: fx.Node, constant: float) -> None:
+        """Note that the indices hold a constant that moves into this node's bias."""
+        self.folds[node] = constant
 
     def lose(self, node: fx.Node, reason: str) -> None:
         """Note that leaving the indices out changes what this node computes."""

@@ -75,10 +75,10 @@ def _table() -> Mapping[str, Rule]:
             "masked_fill lerp addcmul addcdiv nan_to_num rad2deg deg2rad logit sgn",
         ),
         # -- contractions
-        (Signature("input[*b, i] * weight[o, i] + bias[o] -> [*b, o]"), "linear"),
+        (Signature("input[*b, i] * weight[o, i] + bias[o] -> [*b, o]", "bias"), "linear"),
         (Signature("self[n, k] * mat2[k, m] -> [n, m]"), "mm"),
         (Signature("self[b, n, k] * mat2[b, k, m] -> [b, n, m]"), "bmm"),
-        (Signature("mat1[n, k] * mat2[k, m] + self[*n, m] -> [n, m]"), "addmm"),
+        (Signature("mat1[n, k] * mat2[k, m] + self[*n, m] -> [n, m]", "self"), "addmm"),
         (Signature("batch1[b, n, k] * batch2[b, k, m] + self[b, n, m] -> [b, n, m]"), "baddbmm"),
         (Signature("self[*b, n, k] * other[*b, k, m] -> [*b, n, m]"), "matmul"),
         (Signature("self[n, k] * vec[k] -> [n]"), "mv"),

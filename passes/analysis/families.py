@@ -7,7 +7,7 @@ OTO, arXiv 2107.07467; found here by axis terms instead of a graph of module typ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,6 +42,7 @@ __all__ = ["Families", "Family", "ParameterSlice", "ZeroInvariantGroups"]
 
 # Exactness of erasing, from best to worst.
 EXACT = "exact"
+FOLDED = "exact-after-fold"
 CORRECTED = "exact-after-correction"
 APPROXIMATE = "approximate"
 
@@ -76,9 +77,10 @@ class Family:
             dimensions in a head.
         atom: The atom of the axis terms.
         slices: What it owns, in the order of the program's tensors.
-        exactness: "exact", "exact-after-correction" or "approximate".
+        exactness: "exact", "exact-after-fold", "exact-after-correction" or "approximate".
         reasons: Which corrections, or why only approximate; with node and source line.
         corrected: Nodes that need a correction.
+        folds: Nodes whose bias takes the constant that the units hold, with that constant.
         pins: Why its units cannot be erased; empty if they can.
         parameters_per_unit: Parameters that one unit takes along.
     """
@@ -89,6 +91,7 @@ class Family:
     exactness: str
     reasons: tuple[str, ...]
     corrected: frozenset[fx.Node]
+    folds: Mapping[fx.Node, float]
     pins: tuple[Pin, ...]
     parameters_per_unit: int
 
@@ -265,6 +268,7 @@ class _Finder:
             exactness=_exactness(flow),
             reasons=_reasons(flow),
             corrected=frozenset(flow.corrections) if flow else frozenset(),
+            folds=flow.folds if flow else {},
             pins=tuple(atom.pins),
             parameters_per_unit=count,
         )
@@ -303,13 +307,16 @@ class _Finder:
 def _exactness(flow: Flow | None) -> str:
     if flow is None or flow.losses:
         return APPROXIMATE
-    return CORRECTED if flow.corrections else EXACT
+    if flow.corrections:
+        return CORRECTED
+    return FOLDED if flow.folds else EXACT
 
 
 def _reasons(flow: Flow | None) -> tuple[str, ...]:
     if flow is None:
         return ()
-    notes = flow.losses or flow.corrections
+    folds = {node: f"the constant {c:g} moves into the bias" for node, c in flow.folds.items()}
+    notes = flow.losses or {**flow.corrections, **folds}
     # One text stands for all the places where it holds.
     first: dict[str, tuple[fx.Node, int]] = {}
     for node, text in notes.items():

@@ -8,11 +8,13 @@ import torch
 from torch import fx
 
 from torchlathe.ir import InputError, Program
-from torchlathe.ir.axes import Atom, AxisMap, Concat, Resize, Term, rule_of
+from torchlathe.ir.axes import AxisMap, Resize, rule_of
 from torchlathe.ir.interpreting import ReplaceTensor
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
+from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
+from torchlathe.passes.rewrite.units import unit_indices
 
-__all__ = ["erase_units", "unit_indices"]
+__all__ = ["erase_units"]
 
 
 def erase_units(
@@ -50,6 +52,7 @@ def erase_units(
     for family in chosen:
         touched.update(index.touching[family.atom.number])
     corrected = frozenset(node for family in chosen for node in family.corrected)
+    folded = folded_constants(program, chosen, kept, axis_map)
     with program.edit(by) as edit:
         resize = Resize(axis_map, kept, edit, corrected)
         for name, axes in zeroed.items():
@@ -69,6 +72,8 @@ def erase_units(
                 assert rule is not None, node
                 edit.set_shape(node, resize.shapes(node))
                 rule.resize(node, resize)
+        for node, delta in folded.items():
+            fold_into_bias(node, delta, resize)
     return _reference(zeroed)
 
 
@@ -124,26 +129,3 @@ def _reference(zeroed: Mapping[str, Mapping[int, torch.Tensor]]) -> ReplaceTenso
         return tensor
 
     return reference
-
-
-def unit_indices(term: Term, number: int) -> torch.Tensor:
-    """Which unit of an atom each index of an axis belongs to.
-
-    Args:
-        term: A resolved term with static extents.
-        number: The atom's number.
-
-    Returns:
-        Shape (extent,) int64; -1 where the index belongs to none.
-    """
-    if isinstance(term, Atom):
-        if term.number == number:
-            return torch.arange(term.extent)
-        return torch.full((term.extent,), -1)
-    if isinstance(term, Concat):
-        return torch.cat([unit_indices(piece, number) for piece in term.pieces])
-    result = torch.full((1,), -1)
-    for factor in term.factors:
-        own = unit_indices(factor, number)
-        result = torch.maximum(result[:, None], own[None, :]).flatten()
-    return result

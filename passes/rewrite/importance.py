@@ -9,7 +9,7 @@ import torch
 
 from torchlathe.ir import InputError, OptionError, Program
 from torchlathe.passes.analysis.families import Families, Family
-from torchlathe.passes.rewrite.erase import unit_indices
+from torchlathe.passes.rewrite.units import unit_indices
 
 __all__ = ["CRITERIA", "Importance", "scores"]
 

@@ -12,7 +12,7 @@ import torch
 from torchlathe.ir import InputError, OptionError, Program
 from torchlathe.passes.analysis.families import Families, Family, ZeroInvariantGroups
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
-from torchlathe.passes.rewrite.erase import erase_units, unit_indices
+from torchlathe.passes.rewrite.erase import erase_units
 from torchlathe.passes.rewrite.importance import scores
 from torchlathe.passes.rewrite.selection import (
     Sizes,
@@ -20,6 +20,7 @@ from torchlathe.passes.rewrite.selection import (
     select_global,
     select_local,
 )
+from torchlathe.passes.rewrite.units import unit_indices
 
 __all__ = ["StructuredErase"]
 

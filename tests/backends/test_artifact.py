@@ -95,7 +95,8 @@ def test_a_new_process_gives_the_same_bits(erased: tuple[CompiledModel, Path]) -
         "from torchlathe.backends import load\n"
         f"data = safetensors.torch.load_file({str(check)!r})\n"
         f"model = load({str(path)!r})\n"
-        "assert torch.equal(model(data['x']).detach(), data['expected'])\n"
+        "x = data['x'].clone()  # aligned again, on which the last bit may depend\n"
+        "assert torch.equal(model(x).detach(), data['expected'])\n"
         "assert str(model.program).startswith('<Program of Perceptron')\n"
     )
     done = subprocess.run(

@@ -1,6 +1,7 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
@@ -277,6 +278,20 @@ def test_a_preserved_analysis_is_computed_again_at_level_full(program: Program) 
     with pytest.raises(PassError, match="declares that it preserves relu-count, but it does not"):
         PassManager(passes, verify="full").run(program)
     PassManager([Reader(), ReluToClamp()], verify="full").run(program)
+
+
+def test_the_options_of_an_analysis_are_its_key(program: Program) -> None:
+    @dataclass(frozen=True)
+    class Listed(ReluCount):
+        name: ClassVar[str] = "listed"
+        names: list[str] = field(default_factory=list)
+
+    with pytest.raises(OptionError) as caught:
+        Listed()
+    assert str(caught.value) == (
+        "the options of listed cannot be the key of its cached result: unhashable type: 'list'\n"
+        "  next:  use tuples instead of lists, and no dicts"
+    )
 
 
 # --- order ---------------------------------------------------------------------------------------

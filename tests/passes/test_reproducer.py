@@ -1,6 +1,8 @@
 import json
 import logging
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,13 @@ import torch
 
 import torchlathe
 from tests.passes import sample_passes
-from tests.passes.sample_passes import Everything, Misbehave, Nothing, ReluToClamp
+from tests.passes.sample_passes import (
+    Everything,
+    Misbehave,
+    Nothing,
+    ReluToClamp,
+    small_net,
+)
 from torchlathe.ir import PassError, Program
 from torchlathe.passes import PassManager, load_plugin
 
@@ -72,22 +80,27 @@ def test_folders_are_numbered(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["misbehave-1", "misbehave-2"]
 
 
+UNLUCKY = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from torchlathe.passes import RewritePass
+
+@dataclass(frozen=True)
+class Unlucky(RewritePass):
+    name: ClassVar[str] = "unlucky"
+
+    def run(self, program, ctx):
+        raise ValueError(f"drew {torch.rand(()).item()} of {sorted(program.parameters)}")
+"""
+
+
 @pytest.mark.usefixtures("own_registry")
 def test_the_script_fails_again(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plugin = tmp_path / "plugin.py"
-    plugin.write_text(
-        "from dataclasses import dataclass\n"
-        "from typing import ClassVar\n"
-        "import torch\n"
-        "from torchlathe.passes import RewritePass\n"
-        "@dataclass(frozen=True)\n"
-        "class Unlucky(RewritePass):\n"
-        "    name: ClassVar[str] = 'unlucky'\n"
-        "    def run(self, program, ctx):\n"
-        "        raise ValueError(f'drew {torch.rand(()).item()} of {program.model_name}')\n"
-    )
+    plugin.write_text(UNLUCKY)
     load_plugin(sample_passes)
     load_plugin(plugin)
     saved: dict[Path, Program] = {}
@@ -110,6 +123,29 @@ def test_the_script_fails_again(
     with pytest.raises(PassError) as second:
         runpy.run_path(str(script))
     assert second.value.message.partition(": ")[2] == first.value.message.partition(": ")[2]
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_failure_of_compile_is_seen_again_in_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(UNLUCKY)
+    load_plugin(plugin)
+    monkeypatch.setenv("TORCHLATHE_REPRODUCER", str(tmp_path / "out"))
+    with pytest.raises(PassError) as caught:
+        torchlathe.compile(small_net(), "unlucky", (torch.randn(2, 4),), seed=5)
+    command = str(caught.value).rpartition("to see this again: ")[2].split()
+    assert command[0] == "python"
+    done = subprocess.run(
+        [sys.executable, *command[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode != 0
+    assert caught.value.message in done.stderr
 
 
 @pytest.mark.parametrize("what", ["program", "folder"])

@@ -369,6 +369,16 @@ def test_a_program_that_does_not_run_is_told_by_its_node(program: Program) -> No
     assert caught.value.where.startswith("%linear = aten.linear.default in 0")
 
 
+def test_a_cast_that_the_graph_fixes_widens_the_tolerance() -> None:
+    class Complex(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.to(torch.complex64) * 1j).imag
+
+    program = capture(Complex(), (torch.randn(2, 3),))
+    found = check_equivalence(program, program.copy())
+    assert (found.passed, found.dtype, found.tolerance) == (True, "float32", 2e-4)
+
+
 def test_random_ops_draw_the_same_numbers() -> None:
     class Noisy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

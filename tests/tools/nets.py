@@ -24,7 +24,8 @@ def module() -> nn.Module:
 
 
 def pair() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    return Net(), (torch.randn(4, 16),)
+    x = torch.randn(4, 16)
+    return Net(), (x,)
 
 
 def triple() -> tuple[nn.Module, tuple[torch.Tensor], dict[str, torch.Tensor]]:

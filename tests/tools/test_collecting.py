@@ -20,7 +20,7 @@ PIPELINE = "structured-erase{sparsity=0.5}"
 def compressed():
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(4, 16)
-    before = capture(model, (x,))
+    before = capture(model, (x,), dynamic_shapes="auto")
     after = PassManager(PIPELINE).run(before)
     return model, before, after, CompiledModel(after)
 
@@ -84,6 +84,29 @@ def test_labels_of_batches_are_left_out(compressed) -> None:
     )
     assert report.fidelity[0].shape == (2, 10)
     assert report.fidelity_inputs == "1 calibration batch"
+
+
+def test_batches_that_do_not_fit_are_told_and_left_out() -> None:
+    model, x = Net().eval(), torch.randn(4, 16)
+    program = capture(model, (x,))
+    compiled = CompiledModel(program)
+    batches = [x, torch.randn(3, 16)]
+    report = collect_report(
+        program, program, original=model, compiled=compiled, calibration=batches, latency_seconds=0
+    )
+    assert report.fidelity_inputs == "1 calibration batch"
+    (note,) = report.notes
+    assert note.startswith("1 of 2 calibration batches do not fit what was captured")
+    report = collect_report(
+        program,
+        program,
+        original=model,
+        compiled=compiled,
+        calibration=batches[1:],
+        latency_seconds=0,
+    )
+    assert report.fidelity_inputs == "the example inputs"
+    assert len(report.notes) == 1
 
 
 def test_records_become_plain() -> None:

@@ -38,6 +38,8 @@ def build_parser() -> Parser:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"torchlathe {__version__}")
+    # Here for the help, and to be allowed before the command: `main` looks for the word itself.
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in (compile_command, inspect_command, passes_command):
         command.add_parser(commands, common)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from torchlathe.ir.axes.extents import divide
@@ -22,6 +23,7 @@ from torchlathe.ir.axes.rule import (
     with_arguments,
 )
 from torchlathe.ir.axes.terms import ONE, Mismatch, Term
+from torchlathe.ir.provenance import info
 
 if TYPE_CHECKING:
     from torchlathe.ir.axes.flow import Flow
@@ -68,7 +70,7 @@ class Contraction(Rule):
         products = {name: self._product(layout.factors, name, flow) for name in mine}
         for name in mine & layout.contracted:
             if not products[name].is_zero:
-                flow.lose(node, "it sums over indices that are not zero")
+                self._fold_or_lose(node, name, flow)
         out: list[Value | None] = []
         for names in layout.output:
             here = [products[name] for name in names if name in mine]
@@ -97,6 +99,56 @@ class Contraction(Rule):
                         return ZERO
         return UNKNOWN
 
+    def bias(self, node: fx.Node) -> str | None:
+        """Name of the argument that a constant can be folded into; None where it cannot."""
+        return None
+
+    def _fold_or_lose(self, node: fx.Node, name: str, flow: Flow) -> None:
+        """A known constant times a parameter is a constant, which the bias can take."""
+        factors = flow.layout(node).factors
+        constants = [
+            value.constant
+            for operand, axes in factors
+            for axis, own in enumerate(axes)
+            if own == (name,) and (value := flow.value(operand, axis)) is not None
+        ]
+        known = [c for c in constants if c is not None]
+        plain = len(factors) == 2 and info(factors[1][0]).tensor is not None
+        if len(known) == 1 and plain and self.bias(node) is not None:
+            flow.fold(node, known[0])
+        else:
+            flow.lose(node, "it sums over indices that are not zero")
+
+    def folded(
+        self, node: fx.Node, layout: Layout, weight: torch.Tensor, constants: torch.Tensor
+    ) -> torch.Tensor:
+        """What constants at the contracted indices add to the result.
+
+        Args:
+            node: The contraction.
+            layout: Its letters.
+            weight: The parameter, before anything was left out.
+            constants: Per index of its contracted axis, zero where the index stays; float64.
+
+        Returns:
+            Float64, one number per index of the weight's other channel axis.
+        """
+        _, axes = layout.factors[1]
+        out = {letter for axis in layout.output for letter in axis}
+        kept = next(i for i, own in enumerate(axes) if set(own) & out)
+        read = self.read_axis(layout)
+        other = [i for i in range(weight.dim()) if i not in (kept, read)]
+        matrix = weight.detach().to("cpu", torch.float64)
+        matrix = matrix.sum(other) if other else matrix
+        return matrix @ constants if kept < read else constants @ matrix
+
+    @staticmethod
+    def read_axis(layout: Layout) -> int:
+        """The weight's axis that is summed over against the channels of the data."""
+        data = {letter for axis in layout.factors[0][1] for letter in axis}
+        contracted = layout.contracted & data
+        return next(i for i, own in enumerate(layout.factors[1][1]) if set(own) & contracted)
+
     def reads(self, node: fx.Node, operand: fx.Node, layout: Layout | None) -> set[int]:
         """Axes of an operand whose letters are all summed over."""
         assert layout is not None
@@ -121,9 +173,15 @@ class Signature(Contraction):
 
     Attributes:
         text: The signature.
+        bias_name: The operand that is added per index of the result's last axis, if there is one.
     """
 
     text: str
+    bias_name: str | None = None
+
+    def bias(self, node: fx.Node) -> str | None:
+        """As the op's schema calls it."""
+        return self.bias_name
 
     def layout(self, node: fx.Node, ax: Inference) -> Layout:
         """Read the text against the ranks of the operands."""
@@ -217,6 +275,13 @@ class Convolution(Contraction):
 
     transposed: bool = False
 
+    def bias(self, node: fx.Node) -> str | None:
+        """At the border a zero-padded kernel sees fewer constants than inside."""
+        padding: Any = argument(node, "padding", 0)
+        padded = padding != "valid" if isinstance(padding, str) else _any(padding)
+        grouped = argument(node, "groups", 1) != 1
+        return None if padded or grouped or self._transposed(node) else "bias"
+
     def _transposed(self, node: fx.Node) -> bool:
         return self.transposed or bool(argument(node, "transposed", False))
 
@@ -284,3 +349,7 @@ class Convolution(Contraction):
         if groups != 1 and resize.touched(letters["g"]):
             new = resize.extent(letters["g"])
             resize.edit.set_args(node, *with_arguments(node, {"groups": new}))
+
+
+def _any(padding: Any) -> bool:
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)

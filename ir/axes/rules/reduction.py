@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Layout, Rule, Terms, Value, Values, argument
+from torchlathe.ir.axes.rules.shaping import zeros_or_unknown
 from torchlathe.ir.axes.terms import ONE, Term
 
 if TYPE_CHECKING:
@@ -159,5 +160,5 @@ class AlongAxis(Rule):
             if flow.value(source, axis) is not None:
                 flow.lose(node, "every index along this axis takes part in it")
         if self.linear:
-            return flow.structural(node)
+            return zeros_or_unknown(node, flow)
         return flow.unknown(node)

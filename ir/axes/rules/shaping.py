@@ -25,6 +25,7 @@ __all__ = [
     "Squeeze",
     "Structural",
     "Unsqueeze",
+    "zeros_or_unknown",
 ]
 
 
@@ -34,6 +35,12 @@ class Structural(Rule):
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """The values of where the elements came from."""
         return flow.structural(node)
+
+
+def zeros_or_unknown(node: fx.Node, flow: Flow) -> Values:
+    """Zeros stay zeros, and nothing else is known: for ops that mix in zeros, or sum."""
+    values = [v for used in node.all_input_nodes for v in flow.values(used)]
+    return flow.structural(node) if all(v.is_zero for v in values) else flow.unknown(node)
 
 
 @dataclass(frozen=True)

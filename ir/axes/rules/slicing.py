@@ -9,7 +9,7 @@ from torch import fx
 
 from torchlathe.ir.axes.extents import divide, extent_of, is_static, same
 from torchlathe.ir.axes.rule import Rule, Terms, Values, argument, with_arguments
-from torchlathe.ir.axes.rules.shaping import Structural
+from torchlathe.ir.axes.rules.shaping import Structural, zeros_or_unknown
 from torchlathe.ir.axes.terms import Term
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class Pad(Structural):
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """Along another axis, padding a zero with zeros gives zeros."""
         if argument(node, "value") in (None, 0, 0.0):
-            return flow.structural(node)
+            return zeros_or_unknown(node, flow)
         return flow.unknown(node)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from torchlathe.ir.axes.extents import same
 from torchlathe.ir.axes.rule import Rule, Terms, Values, argument
-from torchlathe.ir.axes.rules.shaping import Structural
+from torchlathe.ir.axes.rules.shaping import Structural, zeros_or_unknown
 from torchlathe.ir.axes.terms import Term
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class OverPositions(Rule):
         return [result(v) for v in values]
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
-        """Channels stay apart."""
-        return flow.structural(node) if self.zero else flow.unknown(node)
+        """Channels stay apart; padding may mix zeros into another constant."""
+        return zeros_or_unknown(node, flow) if self.zero else flow.unknown(node)
 
 
 class PixelShuffle(Structural):

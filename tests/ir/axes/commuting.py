@@ -168,7 +168,11 @@ def _check_atom(
                 want = want.index_select(axis, keep.nonzero().flatten())
         assert value.shape == want.shape, (program.graph, value.shape, want.shape)
         torch.testing.assert_close(
-            value, want, rtol=1e-11, atol=1e-11, equal_nan=False,
+            value,
+            want,
+            rtol=1e-11,
+            atol=1e-11,
+            equal_nan=False,
             msg=lambda m: f"atom a{number}, zero: {sorted(zeroed)}\n{m}\n{program.graph}",
         )
     _check_meta(program)

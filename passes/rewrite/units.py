@@ -1,0 +1,32 @@
+"""Which unit of a family each index of an axis belongs to."""
+
+from __future__ import annotations
+
+import torch
+
+from torchlathe.ir.axes import Atom, Concat, Term
+
+__all__ = ["unit_indices"]
+
+
+def unit_indices(term: Term, number: int) -> torch.Tensor:
+    """Which unit of an atom each index of an axis belongs to.
+
+    Args:
+        term: A resolved term with static extents.
+        number: The atom's number.
+
+    Returns:
+        Shape (extent,) int64; -1 where the index belongs to none.
+    """
+    if isinstance(term, Atom):
+        if term.number == number:
+            return torch.arange(term.extent)
+        return torch.full((term.extent,), -1)
+    if isinstance(term, Concat):
+        return torch.cat([unit_indices(piece, number) for piece in term.pieces])
+    result = torch.full((1,), -1)
+    for factor in term.factors:
+        own = unit_indices(factor, number)
+        result = torch.maximum(result[:, None], own[None, :]).flatten()
+    return result

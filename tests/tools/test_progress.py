@@ -1,0 +1,40 @@
+import io
+
+import torch
+from rich.console import Console
+
+from tests.tools.nets import Net
+from torchlathe.ir import capture
+from torchlathe.passes import PassManager
+from torchlathe.tools.cli.progress import Progress
+
+
+def run(terminal: bool) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    program = capture(Net(), (torch.randn(4, 16),))
+    with Progress(console) as progress:
+        progress.say("loading [b]net[/b]")
+        PassManager("structured-erase", instruments=[progress.instrument()]).run(program)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_a_terminal_is_told() -> None:
+    shown = []
+
+    class Listening(Progress):
+        def say(self, text: object) -> None:
+            shown.append(str(text))
+            super().say(text)
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    program = capture(Net(), (torch.randn(4, 16),))
+    with Listening(console) as progress:
+        PassManager("structured-erase", instruments=[progress.instrument()]).run(program)
+    assert shown == ["pass 1 of 1: structured-erase", "pass 1 of 1 is done", "lowering and measuring"]
+    assert "[b]net[/b]" in run(terminal=True)
+
+
+def test_everyone_else_is_not() -> None:
+    assert run(terminal=False) == ""
