@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -54,9 +56,10 @@ class _Aliases:
         first, second = self._set_of[a], self._set_of[b]
         if first is second:
             return
-        second.extend(first)
-        for node in first:
-            self._set_of[node] = second
+        small, large = sorted((first, second), key=len)
+        large.extend(small)
+        for node in small:
+            self._set_of[node] = large
 
 
 def functionalize_in_place(graph: fx.Graph) -> bool:
@@ -141,11 +144,14 @@ def _mutates(node: fx.Node) -> bool:
 
 def _aliases_silently(node: fx.Node) -> bool:
     """Whether a result shares storage with an input although its schema knows of no alias."""
-    schema = _schema(node)
+    source = node
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+    schema = _schema(source)
     if schema is None or any(ret.alias_info is not None for ret in schema.returns):
         return False
     own = set(_storages(node))
-    return any(own.intersection(_storages(used)) for used in node.all_input_nodes)
+    return any(own.intersection(_storages(used)) for used in source.all_input_nodes)
 
 
 def _aliased_inputs(node: fx.Node) -> list[fx.Node]:
@@ -153,8 +159,10 @@ def _aliased_inputs(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function":
         return []
     schema = _schema(node)
-    if schema is None or schema.name in _MAY_ALIAS:
-        # Without a schema: getitem of a split or an unbind.
+    if schema is None:
+        # The storage of its value tells which of several results getitem takes.
+        return [] if _storages(node) else node.all_input_nodes
+    if schema.name in _MAY_ALIAS:
         return node.all_input_nodes
     if any(ret.alias_info is not None for ret in schema.returns):
         return [a for a in node.args[:1] if isinstance(a, fx.Node)]
@@ -162,16 +170,11 @@ def _aliased_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _storages(node: fx.Node) -> list[int]:
-    """Storages of the node's fake value; views share theirs, as the real tensors would."""
-    if node.op == "output":
+    """Storage of the node's fake value, if it is one tensor; views share it as real ones do."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return []
-    values = node.meta.get("val")
-    values = values if isinstance(values, list | tuple) else [values]
-    return [
-        value.untyped_storage()._cdata
-        for value in values
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided
-    ]
+    return [value.untyped_storage()._cdata]
 
 
 def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplaceTensor", "run_flat"]
 
+_LOOK_UPS = frozenset({torch.ops.aten.embedding.default})
+
 ReplaceTensor = Callable[[str, torch.Tensor], torch.Tensor]
 
 
@@ -28,8 +30,8 @@ def run_flat(
 ) -> list[Any]:
     """Run the graph on flat inputs and return flat outputs.
 
-    A tensor is fetched, replaced and converted when it is first needed and freed after its last
-    use, so that a float64 run needs activations and few weights at a time, not a second model.
+    A tensor of the program is replaced and converted for each op that reads it and freed right
+    after, so that a float64 run needs activations and few weights at a time, not a second model.
 
     Args:
         program: What to run.
@@ -50,24 +52,30 @@ def run_flat(
     if dtype is not None:
         values = {node: _convert(value, dtype) for node, value in values.items()}
 
-    def fetch(node: fx.Node) -> Any:
-        if node not in values:
-            name = info(node).tensor
-            assert name is not None, f"{node} has no value yet"
-            tensor = program.entries[name].tensor
-            if replace_tensor is not None:
-                tensor = replace_tensor(name, tensor)
-            values[node] = tensor if dtype is None else _convert(tensor, dtype)
-        return values[node]
+    def fetch(node: fx.Node, dtype: torch.dtype | None = dtype) -> Any:
+        if node in values:
+            return values[node]
+        name = info(node).tensor
+        assert name is not None, f"{node} has no value yet"
+        tensor = program.entries[name].tensor
+        if replace_tensor is not None:
+            tensor = replace_tensor(name, tensor)
+        return tensor if dtype is None else _convert(tensor, dtype)
+
+    def fetch_as_it_is(node: fx.Node) -> Any:
+        return fetch(node, None)
 
     for node in program.graph.nodes:
         if node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), fetch)
+            # Of a table few rows are read: converting those is enough.
+            read = fetch_as_it_is if node.target in _LOOK_UPS else fetch
+            args, kwargs = fx.map_arg((node.args, node.kwargs), read)
             if dtype is not None:
                 args, kwargs = _convert_arguments(args, kwargs, dtype)
             result = node.target(*args, **kwargs)
             # What an op creates has the default dtype unless it was told otherwise.
             values[node] = result if dtype is None else _convert(result, dtype)
+            del args, kwargs, result
             if observe is not None:
                 observe(node, values[node])
         elif node.op == "output":

@@ -78,11 +78,13 @@ def _demo(parsed: argparse.Namespace) -> int:
     from rich.text import Text
 
     from torchlathe._compile import compile as compile_model
+    from torchlathe.passes import parse_pipeline
     from torchlathe.tools.cli.console import output
     from torchlathe.tools.figures import clip
 
     start = time.perf_counter()
     console = output()
+    passes = parse_pipeline(parsed.passes)
     parsed.out.mkdir(parents=True, exist_ok=True)
 
     _heading(console, "1. A pretrained model and real sentences")
@@ -98,7 +100,7 @@ def _demo(parsed: argparse.Namespace) -> int:
     _heading(console, "2. Compile")
     compiled = compile_model(
         encoder,
-        parsed.passes,
+        passes,
         example_kwargs=tokenizer(calibration[:_EXAMPLES]),
         dynamic_shapes=_dynamic_shapes(),
         calibration=batches,

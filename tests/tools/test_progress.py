@@ -13,8 +13,8 @@ def run(terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
     program = capture(Net(), (torch.randn(4, 16),))
     with Progress(console) as progress:
-        progress.say("loading [b]net[/b]")
         PassManager("structured-erase", instruments=[progress.instrument()]).run(program)
+        progress.say("loading [b]net[/b]")
     file = console.file
     assert isinstance(file, io.StringIO)
     return file.getvalue()
@@ -32,7 +32,11 @@ def test_a_terminal_is_told() -> None:
     program = capture(Net(), (torch.randn(4, 16),))
     with Listening(console) as progress:
         PassManager("structured-erase", instruments=[progress.instrument()]).run(program)
-    assert shown == ["pass 1 of 1: structured-erase", "pass 1 of 1 is done", "lowering and measuring"]
+    assert shown == [
+        "pass 1 of 1: structured-erase",
+        "pass 1 of 1 is done",
+        "lowering and measuring",
+    ]
     assert "[b]net[/b]" in run(terminal=True)
 
 

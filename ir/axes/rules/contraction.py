@@ -12,6 +12,7 @@ from torch import fx
 from torchlathe.ir.axes.extents import divide
 from torchlathe.ir.axes.inference import is_one
 from torchlathe.ir.axes.rule import (
+    SINGULAR,
     UNKNOWN,
     ZERO,
     Layout,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torchlathe.ir.axes.inference import Inference
     from torchlathe.ir.axes.resize import Resize
 
-__all__ = ["Contraction", "Convolution", "Einsum", "Signature"]
+__all__ = ["Contraction", "Convolution", "Einsum", "MatMul", "Signature"]
 
 Axes = tuple[tuple[str, ...], ...]
 
@@ -91,13 +92,15 @@ class Contraction(Rule):
 
     @staticmethod
     def _product(factors: list[tuple[fx.Node, Axes]], name: str, flow: Flow) -> Value:
-        for operand, axes in factors:
-            for axis, own in enumerate(axes):
-                if name in own:
-                    value = flow.value(operand, axis)
-                    if value is not None and value.is_zero:
-                        return ZERO
-        return UNKNOWN
+        found = [
+            value
+            for operand, axes in factors
+            for axis, own in enumerate(axes)
+            if name in own and (value := flow.value(operand, axis)) is not None
+        ]
+        if any(v.singular for v in found):
+            return SINGULAR
+        return ZERO if any(v.is_zero for v in found) else UNKNOWN
 
     def bias(self, node: fx.Node) -> str | None:
         """Name of the argument that a constant can be folded into; None where it cannot."""
@@ -169,7 +172,7 @@ class Signature(Contraction):
 
     Operands are named as in the op's schema. ``*`` (or a comma) multiplies, ``+`` adds. A letter
     that is missing in the result is summed over. ``*name`` stands for any number of leading axes
-    that broadcast. Optional operands may be absent.
+    that broadcast. Optional operands may be absent, and addends may lack leading axes.
 
     Attributes:
         text: The signature.
@@ -192,7 +195,11 @@ class Signature(Contraction):
             operand = argument(node, name)
             if not isinstance(operand, fx.Node):
                 continue
-            axes = _axes(body, len(ax.terms(operand)), ranks)
+            rank = len(ax.terms(operand))
+            if addend and "*" not in body:
+                # What is added broadcasts to the result.
+                body = ",".join(body.split(",")[-rank:]) if rank else ""
+            axes = _axes(body, rank, ranks)
             (layout.addends if addend else layout.factors).append((operand, axes))
         body = right.strip().removeprefix("[").removesuffix("]")
         layout.output = _axes(body, node.meta["val"].dim(), ranks)
@@ -232,6 +239,23 @@ def _axes(body: str, rank: int, ranks: dict[str, int]) -> Axes:
     if len(axes) != rank:
         raise Mismatch(f"an operand of rank {rank} for [{body}]")
     return tuple(axes)
+
+
+class MatMul(Contraction):
+    """``matmul`` of any ranks; a vector has only the axis that is summed over."""
+
+    def layout(self, node: fx.Node, ax: Inference) -> Layout:
+        """``[*b, n, k] * [*b, k, m] -> [*b, n, m]``, without n or m for a vector."""
+        left, right = argument(node, "self"), argument(node, "other")
+        ranks = len(ax.terms(left)), len(ax.terms(right))
+        batch = tuple((f"b{i}",) for i in reversed(range(max(0, max(ranks) - 2))))
+        n: Axes = (("n",),) if ranks[0] > 1 else ()
+        m: Axes = (("m",),) if ranks[1] > 1 else ()
+        layout = Layout(output=(*batch, *n, *m))
+        for operand, own in ((left, (*n, ("k",))), (right, (("k",), *m))):
+            count = len(ax.terms(operand)) - len(own)
+            layout.factors.append((operand, (*batch[len(batch) - count :], *own)))
+        return layout
 
 
 class Einsum(Contraction):

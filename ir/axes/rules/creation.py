@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from torchlathe.ir.axes.rule import UNKNOWN, Rule, Terms, Value, Values, argument, with_arguments
+from torchlathe.ir.axes.rule import (
+    SINGULAR,
+    UNKNOWN,
+    Rule,
+    Terms,
+    Value,
+    Values,
+    argument,
+    with_arguments,
+)
 
 if TYPE_CHECKING:
     from torchlathe.ir.axes.flow import Flow
@@ -38,7 +48,9 @@ class Filled(Rule):
         value: Any = self.constant
         if value is None:
             value = argument(node, "fill_value")
-        return Value(float(value)) if isinstance(value, int | float) else UNKNOWN
+        if not isinstance(value, int | float):
+            return UNKNOWN
+        return Value(float(value)) if math.isfinite(value) else SINGULAR
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """The fill value on every axis."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import fx
 
-from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Rule, Terms, Value, Values
+from torchlathe.ir.axes.rule import SINGULAR, UNKNOWN, ZERO, Rule, Terms, Value, Values
 
 if TYPE_CHECKING:
     from torchlathe.ir.axes.flow import Flow
@@ -62,8 +62,12 @@ class Pointwise(Rule):
         first = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         if self.zero == "product" and any(v.is_zero for v in known):
             return ZERO
-        if self.zero == "quotient" and first is not None and first.is_zero:
-            return ZERO
+        if self.zero == "quotient":
+            divisor = values.get(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+            if divisor is not None and divisor.is_zero:
+                return SINGULAR
+            if first is not None and first.is_zero:
+                return ZERO
         if self.zero == "branches":
             branches = [values.get(n) for n in node.args[1:3] if isinstance(n, fx.Node)]
             numbers = [n for n in node.args[1:3] if isinstance(n, int | float)]
@@ -75,7 +79,7 @@ class Pointwise(Rule):
 
 
 def evaluate(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    """Run the op on constants; unknown unless all are known and the result is finite."""
+    """Run the op on constants; unknown unless all are known, singular if it has no finite value."""
     constants = {n: v.constant for n, v in values.items()}
     if any(c is None for c in constants.values()):
         return UNKNOWN
@@ -91,4 +95,4 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
         result = float(node.target(*args, **kwargs))
     except Exception:
         return UNKNOWN
-    return Value(result) if math.isfinite(result) else UNKNOWN
+    return Value(result) if math.isfinite(result) else SINGULAR
