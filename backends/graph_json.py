@@ -222,7 +222,7 @@ class _Writer:
             "args": [encode(arg) for arg in node.args],
         }
         if node.kwargs:
-            data["kwargs"] = {key: encode(value) for key, value in node.kwargs.items()}
+            data["kwargs"] = [[key, encode(value)] for key, value in node.kwargs.items()]
         stack = node.meta.get("nn_module_stack")
         if stack and _NO_MODULE not in stack:
             path, kind = list(stack.values())[-1]

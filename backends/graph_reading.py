@@ -106,7 +106,7 @@ class _Reader:
         args, kwargs = pytree.tree_unflatten(examples, in_spec)
         self.graph.lint()
         program = Program(
-            fx.GraphModule(torch.nn.Module(), self.graph, model),
+            self.graph,
             entries,
             in_spec=in_spec,
             out_spec=out_spec,
@@ -232,8 +232,7 @@ class _Reader:
         target = resolve_op(row["op"])
         args = tuple(decode(arg, self.nodes) for arg in row["args"])
         kwargs = {
-            self._identifier(key): decode(value, self.nodes)
-            for key, value in row.get("kwargs", {}).items()
+            self._identifier(key): decode(value, self.nodes) for key, value in row.get("kwargs", [])
         }
         node = self.graph.create_node(
             "call_function", target, args, kwargs, name=self._new_name(name)

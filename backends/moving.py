@@ -55,22 +55,10 @@ def moved(program: Program, places: Mapping[Place, Place]) -> Program:
         return value
 
     other = program.copy()
-    mode = program.fake_mode
     try:
         for node in other.nodes:
-            value = node.meta.get("val")
-            if node.op == "placeholder" and isinstance(value, torch.Tensor):
-                with mode:
-                    node.meta["val"] = torch.empty_strided(
-                        value.shape,
-                        value.stride(),
-                        dtype=literal(value.dtype),
-                        device=literal(value.device),
-                    )
-            elif node.op == "call_function":
-                node.args = fx.node.map_aggregate(node.args, literal)
-                node.kwargs = fx.node.map_aggregate(node.kwargs, literal)
-                _follow(node, mode, literal)
+            if node.op in ("placeholder", "call_function"):
+                _move(node, program.fake_mode, literal)
     except Error as error:
         to = ", ".join(sorted({f"{dtype} on {device}" for dtype, device in places.values()}))
         raise UnsupportedError(
@@ -78,15 +66,28 @@ def moved(program: Program, places: Mapping[Place, Place]) -> Program:
             where=error.where,
             hint="convert the model first, and compile it then",
         ) from error
-    other.graph_module.recompile()
     other.version += 1
     return other
 
 
+def _move(node: fx.Node, mode: FakeTensorMode, literal: Callable[[Any], Any]) -> None:
+    value = node.meta.get("val")
+    if node.op == "call_function":
+        node.args = fx.node.map_aggregate(node.args, literal)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, literal)
+        _follow(node, mode, literal)
+    elif isinstance(value, torch.Tensor):
+        with mode:
+            node.meta["val"] = torch.empty_strided(
+                value.shape,
+                value.stride(),
+                dtype=literal(value.dtype),
+                device=literal(value.device),
+            )
+
+
 def _follow(node: fx.Node, mode: FakeTensorMode, literal: Callable[[Any], Any]) -> None:
-    """Work out a node's value in the new place, which must have the dtypes that the old one had
-    there.
-    """
+    """Work out a node's value in the new place, where its dtypes must have followed."""
     wanted = [literal(dtype) for dtype in _dtypes(node.meta["val"])]
     value = fake_run(node, mode)
     creates = isinstance(node.target, torch._ops.OpOverload) and any(

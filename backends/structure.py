@@ -143,7 +143,8 @@ def _plain_twin(data: dict[str, Any], children: list[pytree.TreeSpec]) -> pytree
 def _named_tuple(data: dict[str, Any]) -> Any:
     """The class of a named tuple if its module is loaded and the class is what it was."""
     module, _, name = data["class"].partition(":")
-    found = getattr(sys.modules.get(module), name, None)
+    # Not by getattr: a module's own __getattr__ may import whatever it is asked for.
+    found = getattr(sys.modules.get(module), "__dict__", {}).get(name)
     if isinstance(found, type) and pytree.is_namedtuple_class(found):
         same: bool = list(found._fields) == data.get("keys")  # type: ignore[attr-defined]
         return found if same else None
@@ -172,11 +173,11 @@ def _lookup(name: str) -> Any:
 
 
 def _register_caches(module: str) -> None:
-    # The caches are registered on request only.
-    if module.endswith(".cache_utils"):
-        from torchlathe.ir import capturing
-
-        capturing._register_containers()
+    # transformers registers its caches on request only; ir does it when it captures.
+    if module == "transformers.cache_utils":
+        import_module(
+            "transformers.integrations.executorch"
+        ).register_dynamic_cache_export_support()
 
 
 def _checked_keys(keys: Any, children: list[pytree.TreeSpec]) -> list[Any]:

@@ -1,7 +1,6 @@
 """Capturing a module into a Program by ``torch.export``.
 
-Non-strict export first (it runs the module's Python as it is), strict as the second try. The
-result is functional ATen with nothing decomposed: in-place ops are turned into their functional
+The result is functional ATen with nothing decomposed: in-place ops are turned into their functional
 twins here where that is plainly safe, and by ``run_decompositions({})`` where it is not.
 """
 
@@ -9,11 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
-import sysconfig
-import traceback
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +18,18 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from torchlathe.ir.errors import CaptureError, Error, InputError, UnsupportedError
+from torchlathe.ir.errors import InputError, UnsupportedError
+from torchlathe.ir.exporting import eval_mode, export, functional
 from torchlathe.ir.functional import (
     drop_statistics_updates,
     functionalize_in_place,
     inline_wrapped_regions,
+    write_out_default_eps,
 )
 from torchlathe.ir.program import Program, TensorEntry, TensorKind, copy_graph
 from torchlathe.ir.provenance import describe, set_info
-from torchlathe.ir.quiet import error_chain, quiet_torch
 
-__all__ = ["capture", "from_exported"]
+__all__ = ["capture", "eval_mode", "from_exported"]
 
 log = logging.getLogger("torchlathe")
 
@@ -74,9 +70,7 @@ def capture(
         args, kwargs, dynamic_shapes = _mark_batch(model, args, kwargs)
     elif isinstance(dynamic_shapes, str):
         raise InputError(f'dynamic_shapes={dynamic_shapes!r} is not known; the one text is "auto"')
-    _register_containers()
-    with eval_mode(model):
-        exported = _export(model, args, kwargs, dynamic_shapes)
+    exported = export(model, args, kwargs, dynamic_shapes)
     program = from_exported(exported, (args, kwargs), model=model)
     program.model_name = type(model).__name__
     return program
@@ -99,11 +93,11 @@ def from_exported(
     graph = copy_graph(exported.graph)
     if not (inline_wrapped_regions(graph, exported.graph_module) and functionalize_in_place(graph)):
         log.debug("wrapped regions or writes to aliases: flattening by run_decompositions")
-        with quiet_torch():
-            exported = exported.run_decompositions({})
+        exported = functional(exported)
         graph = copy_graph(exported.graph)
         _refuse_submodules(graph)
     drop_statistics_updates(graph)
+    write_out_default_eps(graph)
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         names = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -132,11 +126,10 @@ def from_exported(
     _drop_metadata_asserts(graph)
     carried, dropped = _drop_unused(graph, nodes, entries, signature.input_specs, model)
     name = type(model).__name__ if model is not None else "ExportedProgram"
-    module = fx.GraphModule(torch.nn.Module(), graph, name)
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     _output_flat(graph)
     return Program(
-        module,
+        graph,
         entries,
         in_spec=in_spec,
         out_spec=out_spec,
@@ -300,139 +293,3 @@ def _mark_batch(
             hint="example_inputs are the positional arguments, example_kwargs the keywords",
         ) from error
     return args, kwargs, dict(bound.arguments)
-
-
-# -- export ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _export(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> ExportedProgram:
-    first: Exception | None = None
-    for strict in (False, True):
-        try:
-            with quiet_torch():
-                return torch.export.export(
-                    model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict
-                )
-        except Exception as error:
-            log.debug("export with strict=%s failed", strict, exc_info=True)
-            if first is None:
-                first = error
-                _check_runs(model, args, kwargs)
-            if _violates_constraints(error):
-                break
-    assert first is not None
-    raise _capture_error(first) from first
-
-
-def _check_runs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell a model that does not run on its inputs from one that cannot be captured."""
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as error:
-        shapes = pytree.tree_map(
-            lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs)
-        )
-        raise InputError(
-            f"the model does not run on the example inputs: {type(error).__name__}: "
-            f"{_first_lines(error)}",
-            where=_user_frame(error),
-            hint=f"check shapes and dtypes; given were args={shapes[0]} kwargs={shapes[1]}",
-        ) from error
-
-
-def _violates_constraints(error: Exception) -> bool:
-    return "Constraints violated" in str(error) or "ConstraintViolation" in type(error).__name__
-
-
-def _capture_error(error: Exception) -> Error:
-    text = str(error)
-    kind = type(error).__name__
-    where = _user_frame(error)
-    if "data-dependent" in text or "DataDependent" in kind:
-        return CaptureError(
-            "the forward code branches on the values of a tensor, so it is not one graph: "
-            + _first_lines(error, 1),
-            where=where,
-            hint="write the branch with torch.where, or decide it outside of forward; a known "
-            "range can be stated with torch._check",
-        )
-    if _violates_constraints(error):
-        return CaptureError(
-            "dynamic_shapes allows more than the model does: " + _constraints(text),
-            where=where,
-            hint="narrow the range as suggested, leave that dimension out of dynamic_shapes, or "
-            "use Dim.AUTO for it",
-        )
-    if "not a known type" in text or "register a pytree" in text:
-        return CaptureError(
-            "an input or output is of a type that torch.export cannot flatten: "
-            + _first_lines(error, 1).partition(" See ")[0],
-            where=where,
-            hint="return tensors, tuples, dicts or dataclasses, or register the type with "
-            "torch.utils._pytree.register_pytree_node",
-        )
-    return CaptureError(
-        f"torch.export could not capture the model: {kind}: {_first_lines(error)}",
-        where=where,
-        hint="the place above is the last line of the model's own code that ran"
-        if where
-        else "the cause of this error has torch's own account of it",
-    )
-
-
-def _first_lines(error: Exception, count: int = 3) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count])[:600]
-
-
-def _constraints(text: str) -> str:
-    """What torch says of violated constraints, without its advice on logging."""
-    lines = [line.strip() for line in text.partition("The error above occurred")[0].splitlines()]
-    lines[0] = lines[0].partition(" For more information")[0]
-    return " ".join(filter(None, lines))[:600]
-
-
-def _user_frame(error: BaseException) -> str | None:
-    """The deepest frame of the traceback that is in the model's own code."""
-    found = None
-    for link in error_chain(error):
-        for frame in traceback.extract_tb(link.__traceback__):
-            if _is_user_code(frame.filename):
-                found = f"{frame.filename}:{frame.lineno} ({frame.name}): {frame.line}"
-    return found
-
-
-def _is_user_code(filename: str) -> bool:
-    if filename.startswith(("<", torch.__path__[0])) or filename == __file__:
-        return False
-    library = sysconfig.get_path("stdlib")
-    return not filename.startswith(library) or "site-packages" in filename
-
-
-def _register_containers() -> None:
-    """Let export flatten the containers of libraries that are loaded already."""
-    if "transformers.cache_utils" not in sys.modules:
-        return
-    try:
-        from transformers.integrations.executorch import (
-            register_dynamic_cache_export_support,
-        )
-
-        register_dynamic_cache_export_support()
-    except (ImportError, ValueError) as error:
-        # A version without it, or types that are registered already.
-        log.debug("transformers' caches are not registered: %s", error)

@@ -228,7 +228,6 @@ class Edit:
                 node.meta.pop("tensor_meta", None)
                 self._stale.update(node.users)
         program.graph.lint()
-        program.graph_module.recompile()
         program.version += 1
 
     def _drop_dead(self) -> None:
@@ -245,4 +244,6 @@ class Edit:
         mode = self.program.fake_mode
         if getattr(tensor, "fake_mode", None) is mode:
             return tensor
-        return mode.from_tensor(tensor.detach(), static_shapes=True)
+        # Tensors beside the graph are plain and static, so this needs none of from_tensor's care.
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(mode, meta, tensor.device)

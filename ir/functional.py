@@ -12,7 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torchlathe.ir.errors import UnsupportedError
 from torchlathe.ir.provenance import describe
 
-__all__ = ["drop_statistics_updates", "functionalize_in_place", "inline_wrapped_regions"]
+__all__ = [
+    "drop_statistics_updates",
+    "functionalize_in_place",
+    "inline_wrapped_regions",
+    "write_out_default_eps",
+]
 
 # Ops that may return their input, or a view of it, without saying so in the schema.
 _MAY_ALIAS = frozenset(
@@ -125,6 +130,20 @@ def drop_statistics_updates(graph: fx.Graph) -> None:
             x, weight, bias, _, _, uses_input, *rest = node.args
             if uses_input:
                 node.args = (x, weight, bias, None, None, uses_input, *rest)
+
+
+def write_out_default_eps(graph: fx.Graph) -> None:
+    """Give ``rms_norm`` the epsilon that it falls back to, which depends on the input's dtype.
+
+    A run in float64, to compare with, has to use the epsilon of the model.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
+        eps = node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")
+        if eps is None:
+            # The op computes in float32 for half-precision inputs.
+            dtype = torch.promote_types(node.meta["val"].dtype, torch.float32)
+            node.args = node.args[:3]
+            node.kwargs = {**node.kwargs, "eps": torch.finfo(dtype).eps}
 
 
 def _schema(node: fx.Node) -> torch._C.FunctionSchema | None:

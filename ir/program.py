@@ -72,7 +72,7 @@ class Program:
     through `edit`; everything else here reads.
 
     Attributes:
-        graph_module: The FX graph module; a pass author reads it as any other FX graph.
+        graph: The FX graph; a pass author reads it as any other FX graph.
         entries: Tensors by name; tied names appear once, see ``aliases``.
         aliases: Further names of a tied tensor, to the name that ``entries`` has.
         carried: Buffers that the forward code never reads but that the state dict has.
@@ -90,7 +90,7 @@ class Program:
 
     def __init__(
         self,
-        graph_module: fx.GraphModule,
+        graph: fx.Graph,
         entries: Mapping[str, TensorEntry],
         *,
         in_spec: pytree.TreeSpec,
@@ -102,7 +102,7 @@ class Program:
         range_constraints: Mapping[Any, Any] | None = None,
         model_name: str = "Model",
     ) -> None:
-        self.graph_module = graph_module
+        self.graph = graph
         self.entries = dict(entries)
         self.aliases = dict(aliases or {})
         self.carried = dict(carried or {})
@@ -118,13 +118,21 @@ class Program:
         self.version = 0
         self._analyses: dict[Analysis[Any], tuple[int, Any]] = {}
         self._editing = False
+        self._module: tuple[int, fx.GraphModule] | None = None
 
     # -- reading ---------------------------------------------------------------------------
 
     @property
-    def graph(self) -> fx.Graph:
-        """The FX graph."""
-        return self.graph_module.graph
+    def graph_module(self) -> fx.GraphModule:
+        """The graph as a module that can be called with tensors and inputs, made on demand.
+
+        Generating its code takes longer than copying a graph does, and most copies of a program
+        are only read.
+        """
+        if self._module is None or self._module[0] != self.version:
+            module = fx.GraphModule(torch.nn.Module(), self.graph, self.model_name)
+            self._module = (self.version, module)
+        return self._module[1]
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -287,9 +295,8 @@ class Program:
 
     def copy(self) -> Program:
         """A copy with its own graph; tensors are shared, since nobody writes to them."""
-        name = type(self.graph_module).__name__
         other = Program(
-            fx.GraphModule(torch.nn.Module(), copy_graph(self.graph), name),
+            copy_graph(self.graph),
             self.entries,
             in_spec=self.in_spec,
             out_spec=self.out_spec,
@@ -308,7 +315,8 @@ class Program:
 
     def restore(self, other: Program) -> None:
         """Become what ``other`` is; used to roll back."""
-        self.graph_module = other.graph_module
+        self.graph = other.graph
+        self._module = None
         self.entries = dict(other.entries)
         self.aliases = dict(other.aliases)
         self.carried = dict(other.carried)

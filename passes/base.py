@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -21,7 +21,7 @@ from torchlathe.ir import (
     source_line,
 )
 from torchlathe.ir.interpreting import ReplaceTensor
-from torchlathe.passes.options import MismatchError, conform, options_of, text_of
+from torchlathe.passes.options import MismatchError, conform, did_you_mean, options_of, text_of
 
 __all__ = [
     "AnalysisPass",
@@ -59,8 +59,22 @@ class Fact(ABC):
         """Whether the fact is true of this program."""
 
 
+class _PassType(ABCMeta):
+    """Names the nearest options where Python would only say "unexpected keyword argument"."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = [option.name for option in options_of(cls)]
+        for name in kwargs:
+            if name not in known:
+                raise OptionError(
+                    f"{getattr(cls, 'name', cls.__name__)} has no option {name}",
+                    hint=did_you_mean(name, known),
+                )
+        return super().__call__(*args, **kwargs)
+
+
 @dataclass(frozen=True)
-class Pass(ABC):
+class Pass(metaclass=_PassType):
     """One step of a pipeline. A subclass is a frozen dataclass whose fields are its options.
 
     A program given to a pass satisfies `torchlathe.ir.verifying.verify`, and so does the program

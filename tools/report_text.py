@@ -250,6 +250,8 @@ def verification_text(record: dict[str, Any]) -> str:
     promise = str(record.get("exactness") or "")
     verification = record.get("verification") or {}
     error = verification.get("max_rel_error")
+    if promise == "analysis":
+        return promise
     if error is None:
         return f"{promise}, not compared" if promise else "not compared"
     return ", ".join(filter(None, [promise, f"error {error_text(float(error))}"]))

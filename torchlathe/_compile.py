@@ -47,8 +47,9 @@ def compile(
     """Capture a model, run passes on it, lower it, and report what was done.
 
     Args:
-        model: Any module that ``torch.export`` can capture, an exported program, or a Program.
-            It is never changed, and the result shares no tensor with it.
+        model: Any module that ``torch.export`` can capture, an exported program, a Program, or
+            a compiled model to go on from. It is never changed, and the result shares no tensor
+            with it.
         passes: Text such as ``"structured-erase{sparsity=0.5}"``, or a sequence of passes.
         example_inputs: Positional arguments of one call; a tuple, one tensor, or a dict of
             keywords.
@@ -121,6 +122,9 @@ def _capture(
 ) -> Program:
     if isinstance(model, Program):
         return model
+    if isinstance(model, CompiledModel):
+        # Going on from the program keeps the names and indices of the first original.
+        return model.program.copy()
     return capture(model, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
 
 

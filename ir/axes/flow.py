@@ -15,7 +15,7 @@ from torch import fx
 from torchlathe.ir.axes.inference import AxisMap
 from torchlathe.ir.axes.rule import SINGULAR, UNKNOWN, Layout, Value, Values, join
 from torchlathe.ir.axes.table import rule_of
-from torchlathe.ir.axes.terms import Atom, Term
+from torchlathe.ir.axes.terms import Atom
 
 __all__ = ["AtomIndex", "Flow"]
 
@@ -28,6 +28,7 @@ class AtomIndex:
         # Per node and result: the atoms (by number) of each axis.
         self._axes: dict[fx.Node, list[list[frozenset[int]]]] = {}
         self.touching: dict[int, list[fx.Node]] = {}
+        self._letters: dict[fx.Node, dict[str, frozenset[int]]] = {}
         cache: dict[int, frozenset[int]] = {}
         for node in graph.nodes:
             axes = []
@@ -50,6 +51,15 @@ class AtomIndex:
                 continue  # sizes, checks and the output have no axes to follow
             for number in here:
                 self.touching.setdefault(number, []).append(node)
+
+    def letters(self, node: fx.Node) -> dict[str, frozenset[int]]:
+        """Atoms of each letter of a contraction."""
+        if node not in self._letters:
+            self._letters[node] = {
+                name: frozenset(a.number for a in self.axis_map.atoms_of(term))
+                for name, term in self.axis_map.layouts[node].letters.items()
+            }
+        return self._letters[node]
 
     def axes(self, node: fx.Node, result: int = 0) -> list[frozenset[int]]:
         """Atoms on each axis of one result."""
@@ -103,9 +113,10 @@ class Flow:
         """Whether the atom is on this axis of a node's result."""
         return self.atom.number in self.index.axes(node, result)[axis]
 
-    def carries(self, term: Term) -> bool:
-        """Whether the atom is part of a term."""
-        return any(a is self.atom for a in self.index.axis_map.atoms_of(term))
+    def letters(self, node: fx.Node) -> set[str]:
+        """Letters of a contraction that carry the atom."""
+        number = self.atom.number
+        return {name for name, atoms in self.index.letters(node).items() if number in atoms}
 
     def rank(self, node: fx.Node) -> int:
         """Number of axes of a node's (only) result."""

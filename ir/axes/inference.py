@@ -13,7 +13,7 @@ from torchlathe.ir.analysis import Analysis
 from torchlathe.ir.axes.extents import Extent, divide, extent_of, is_static, same
 from torchlathe.ir.axes.rule import Layout, Terms
 from torchlathe.ir.axes.table import rule_of
-from torchlathe.ir.axes.terms import ONE, Atom, Mismatch, Pin, Solver, Term
+from torchlathe.ir.axes.terms import ONE, Atom, Mismatch, Pin, Product, Solver, Term
 from torchlathe.ir.inputs import input_paths
 from torchlathe.ir.provenance import info, module_path, source_line
 
@@ -118,10 +118,22 @@ class Inference:
             resolved[node] = done if isinstance(found, list) else done[0] or ()
             for t in done:
                 for term in t or ():
+                    self._pin_beside_dynamic(term, node)
                     for atom in self.solver.atoms(term):
                         atoms[atom.number] = atom
         ordered = tuple(atoms[n] for n in sorted(atoms))
         return AxisMap(self.layouts, ordered, self.unruled, resolved, self.solver)
+
+    def _pin_beside_dynamic(self, term: Term, node: fx.Node) -> None:
+        """An axis ``s + 16`` has no factor to rescale sizes by, so the 16 have to stay."""
+        if isinstance(term, Atom) or is_static(term.extent):
+            return
+        if isinstance(term, Product):
+            for factor in term.factors:
+                self._pin_beside_dynamic(factor, node)
+        else:
+            self._node = node
+            self.pin(term, "it lies end to end with a dynamic axis")
 
     def _placeholder(self, node: fx.Node, inputs: Mapping[fx.Node, str]) -> None:
         if not isinstance(node.meta.get("val"), torch.Tensor):

@@ -26,7 +26,7 @@ def _names(text: str) -> list[str]:
 def _table() -> Mapping[str, Rule]:
     """Built on first use, so that importing the package imports no rule."""
     from torchlathe.ir.axes.rules.attention import Attention
-    from torchlathe.ir.axes.rules.contraction import Convolution, Einsum, Signature
+    from torchlathe.ir.axes.rules.contraction import Convolution, Einsum, MatMul, Signature
     from torchlathe.ir.axes.rules.creation import Filled, FilledLike, Numbered
     from torchlathe.ir.axes.rules.embedding import Embedding
     from torchlathe.ir.axes.rules.normalization import BatchNorm, GroupNorm, LayerNorm, RMSNorm
@@ -72,15 +72,16 @@ def _table() -> Mapping[str, Rule]:
             "softshrink threshold tanhshrink clamp clamp_min clamp_max clip maximum minimum fmax "
             "fmin floor ceil round trunc frac eq ne lt le gt ge logical_not logical_or "
             "logical_xor bitwise_not bitwise_or bitwise_xor __or__ __xor__ isnan isinf isfinite "
-            "masked_fill lerp addcmul addcdiv nan_to_num rad2deg deg2rad logit sgn",
+            "masked_fill lerp addcmul addcdiv nan_to_num rad2deg deg2rad logit sgn "
+            "max.other min.other",
         ),
         # -- contractions
         (Signature("input[*b, i] * weight[o, i] + bias[o] -> [*b, o]", "bias"), "linear"),
         (Signature("self[n, k] * mat2[k, m] -> [n, m]"), "mm"),
         (Signature("self[b, n, k] * mat2[b, k, m] -> [b, n, m]"), "bmm"),
-        (Signature("mat1[n, k] * mat2[k, m] + self[*n, m] -> [n, m]", "self"), "addmm"),
+        (Signature("mat1[n, k] * mat2[k, m] + self[n, m] -> [n, m]", "self"), "addmm"),
         (Signature("batch1[b, n, k] * batch2[b, k, m] + self[b, n, m] -> [b, n, m]"), "baddbmm"),
-        (Signature("self[*b, n, k] * other[*b, k, m] -> [*b, n, m]"), "matmul"),
+        (MatMul(), "matmul"),
         (Signature("self[n, k] * vec[k] -> [n]"), "mv"),
         (Signature("self[k] * tensor[k] -> []"), "dot"),
         (Signature("self[i] * vec2[o] -> [i, o]"), "outer"),
@@ -112,7 +113,11 @@ def _table() -> Mapping[str, Rule]:
         (Reshape("shape"), "reshape"),
         (Reshape("sizes"), "unflatten"),
         (Reshape(), "flatten ravel view_as_real_copy"),
-        (Permute(), "permute transpose t swapaxes numpy_T mT"),
+        (
+            Permute(),
+            "permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT",
+        ),
+        (PinnedAxis(("all",), "its bits are read as another dtype"), "view.dtype"),
         (Unsqueeze(), "unsqueeze"),
         (Squeeze(), "squeeze"),
         (Expand("size"), "expand broadcast_to"),
@@ -169,7 +174,9 @@ def rule_of(node: fx.Node) -> Rule | None:
     if schema is None:
         return None
     name = schema.name
-    return _registered.get(name) or _table().get(name)
+    # Some overloads are another op: ``max.other`` is elementwise, ``max.dim`` reduces.
+    overload = _table().get(f"{name}.{schema.overload_name}")
+    return _registered.get(name) or overload or _table().get(name)
 
 
 def ruled_ops() -> list[str]:

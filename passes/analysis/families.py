@@ -7,15 +7,15 @@ OTO, arXiv 2107.07467; found here by axis terms instead of a graph of module typ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import fx
 
-from torchlathe.ir import Program, TensorKind, describe, info
+from torchlathe.ir import Program, TensorKind, describe
 from torchlathe.ir.axes import (
     UNKNOWN,
     ZERO,
@@ -26,13 +26,10 @@ from torchlathe.ir.axes import (
     Concat,
     Flow,
     Pin,
-    Pointwise,
     Product,
-    Structural,
     Term,
-    rule_of,
 )
-from torchlathe.ir.axes.rules.shaping import Permute
+from torchlathe.passes.analysis.roles import written_axes
 from torchlathe.passes.base import AnalysisPass
 
 if TYPE_CHECKING:
@@ -233,7 +230,7 @@ class _Finder:
         self.axis_map = axis_map
         self.index = index
         self.nodes = program.tensor_nodes
-        self.written = _written_axes(program, index)
+        self.written = written_axes(program, index)
 
     def families(self) -> Iterator[Family]:
         places: dict[int, list[tuple[str, int, Term]]] = {}
@@ -251,16 +248,17 @@ class _Finder:
 
     def _family(self, atom: Atom, places: list[tuple[str, int, Term]]) -> Family:
         slices = []
-        count = 0
         for name, axis, term in places:
             entry = self.program.entries[name]
             repeat = _repeat(term, atom)
             parameter = entry.kind is TensorKind.PARAMETER
-            writes = parameter and axis in self.written[self.nodes[name]]
+            writes = parameter and self._writes(name, axis, atom)
             slices.append(ParameterSlice(name, axis, repeat, writes, entry.kind))
-            if parameter:
-                count += entry.tensor.numel() // entry.tensor.shape[axis] * repeat
-        flow, slices = self._flow(atom, slices)
+        pins = tuple(atom.pins)
+        if not pins and any(_crosses(term, atom) for _, _, term in places):
+            reason = f"an axis of {places[0][0]} holds pairs of its indices"
+            pins = (Pin(reason),)
+        flow, slices = (None, slices) if pins else self._flow(atom, slices)
         return Family(
             name=_name(slices, places, atom),
             atom=atom,
@@ -269,15 +267,29 @@ class _Finder:
             reasons=_reasons(flow),
             corrected=frozenset(flow.corrections) if flow else frozenset(),
             folds=flow.folds if flow else {},
-            pins=tuple(atom.pins),
-            parameters_per_unit=count,
+            pins=pins,
+            parameters_per_unit=self._parameters_per_unit(slices),
         )
+
+    def _writes(self, name: str, axis: int, atom: Atom) -> bool:
+        return (0, axis, atom.number) in self.written[self.nodes[name]]
+
+    def _parameters_per_unit(self, slices: list[ParameterSlice]) -> int:
+        shapes: dict[str, list[int]] = {}
+        for part in slices:
+            if part.kind is TensorKind.PARAMETER:
+                shape = shapes.setdefault(
+                    part.name, list(self.program.entries[part.name].tensor.shape)
+                )
+                shape[part.axis] -= part.repeat
+        entries = self.program.entries
+        return sum(entries[n].tensor.numel() - math.prod(s) for n, s in shapes.items())
 
     def _flow(
         self, atom: Atom, slices: list[ParameterSlice]
     ) -> tuple[Flow | None, list[ParameterSlice]]:
         """Follow the atom with zeroed parameters, and if need be with zeroed buffers too."""
-        if atom.pins or not any(s.writes for s in slices):
+        if not any(s.writes for s in slices):
             return None, slices
         flow = self._run(atom, slices)
         buffers = [s for s in slices if s.kind is not TensorKind.PARAMETER]
@@ -286,7 +298,7 @@ class _Finder:
         # For instance a table of positions that is added to a residual stream.
         zeroed = [
             ParameterSlice(s.name, s.axis, s.repeat, True, s.kind)
-            if s in buffers and s.axis in self.written[self.nodes[s.name]]
+            if s in buffers and self._writes(s.name, s.axis, atom)
             else s
             for s in slices
         ]
@@ -343,6 +355,16 @@ def _repeat(term: Term, atom: Atom) -> int:
     return count if found else 0
 
 
+def _crosses(term: Term, atom: Atom) -> bool:
+    """Whether an atom is in two factors of a product, so that an index has two units."""
+    if isinstance(term, Atom):
+        return False
+    parts = term.factors if isinstance(term, Product) else term.pieces
+    if isinstance(term, Product) and sum(_repeat(p, atom) > 0 for p in parts) > 1:
+        return True
+    return any(_crosses(part, atom) for part in parts)
+
+
 def _path(term: Term, atom: Atom) -> list[int] | None:
     """Where an atom first stands in a term; empty if it is the term."""
     if isinstance(term, Atom):
@@ -358,48 +380,3 @@ def _name(slices: list[ParameterSlice], places: list[tuple[str, int, Term]], ato
     name, axis, term = places[chosen]
     path = _path(term, atom)
     return f"{name}:{axis}" + "".join(f"/{i}" for i in path or ())
-
-
-def _written_axes(program: Program, index: AtomIndex) -> dict[fx.Node, set[int]]:
-    """Per tensor placeholder, the axes that reach the result of the op that uses the tensor.
-
-    An axis that an op sums over only reads. Tensors may pass through views and casts first, so
-    the answer is found backwards through everything that depends on tensors alone.
-    """
-    constant: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            if info(node).tensor is not None:
-                constant.add(node)
-        elif node.op == "call_function":
-            inputs = node.all_input_nodes
-            if inputs and all(used in constant for used in inputs):
-                constant.add(node)
-    written: dict[fx.Node, set[int]] = {}
-    for node in reversed(list(program.graph.nodes)):
-        if node not in constant or not isinstance(node.meta.get("val"), torch.Tensor):
-            continue
-        axes: set[int] = set()
-        for user in node.users:
-            axes |= _written_by(user, node, index, written if user in constant else {})
-        written[node] = axes
-    return written
-
-
-def _written_by(
-    user: fx.Node, node: fx.Node, index: AtomIndex, written: dict[fx.Node, set[int]]
-) -> set[int]:
-    """Axes of a tensor that one of its users writes to its result."""
-    rank = len(index.axes(node))
-    rule = rule_of(user) if user.op == "call_function" else None
-    if rule is None:
-        return set(range(rank))
-    if user in written and isinstance(rule, Permute):
-        order = rule.order(user, rank)
-        return {order[axis] for axis in written[user]}
-    if user in written and isinstance(rule, Structural | Pointwise):
-        out = index.axes(user)
-        reached = {atom for axis in written[user] for atom in out[axis]}
-        return {axis for axis, atoms in enumerate(index.axes(node)) if atoms & reached}
-    layout = index.axis_map.layouts.get(user)
-    return set(range(rank)) - rule.reads(user, node, layout)

@@ -60,7 +60,7 @@ def scores(
                     hint=f"one of {', '.join(CRITERIA)}, a callable (family, program), or scores",
                 )
         else:
-            score = _given(importance, family, program, len(chosen))
+            score = _tensor(_given(importance, family, program, len(chosen)), family)
         score = score.detach().to("cpu", torch.float64)
         if score.shape != (family.extent,):
             raise OptionError(
@@ -70,11 +70,27 @@ def scores(
         if bool(score.isnan().any()):
             raise InputError(
                 f"the importance of {family.name} is NaN",
-                where=", ".join(s.name for s in family.slices[:4]),
-                hint="look for NaN in these parameters",
+                where=", ".join(_with_nan(family, program)),
+                hint="look for what made it diverge",
             )
         found[family] = score
     return found
+
+
+def _tensor(score: object, family: Family) -> torch.Tensor:
+    try:
+        return torch.as_tensor(score)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"scores of {family.name} are not numbers but {type(score).__name__}",
+            hint=f"give {family.extent} numbers, the higher the more important",
+        ) from error
+
+
+def _with_nan(family: Family, program: Program) -> list[str]:
+    """The tensors of a family that hold NaN."""
+    names = dict.fromkeys(s.name for s in family.slices)
+    return [n for n in names if bool(program.entries[n].tensor.detach().isnan().any())]
 
 
 def _given(

@@ -93,7 +93,7 @@ def select_global(
     Scores are divided by their family's mean, so that families of different scale compare.
     """
     families = list(scores)
-    normalised = [s / s.mean().clamp_min(1e-30) for s in scores.values()]
+    normalised = [s / _scale(s) for s in scores.values()]
     values = torch.cat(normalised)
     owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(normalised)])
     owners = owners[torch.argsort(values, stable=True)]
@@ -108,6 +108,12 @@ def select_global(
 
     kept = _bisect(sizes, families, share, kept_after, len(owners))
     return {f: _lowest(s, k) for (f, s), k in zip(scores.items(), kept, strict=True)}
+
+
+def _scale(score: torch.Tensor) -> torch.Tensor:
+    """Mean magnitude; infinite scores are for units that must stay, and do not count."""
+    finite = score[score.isfinite()].abs()
+    return finite.mean().clamp_min(1e-30) if len(finite) else torch.ones(())
 
 
 def select_local(

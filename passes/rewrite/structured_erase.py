@@ -99,8 +99,11 @@ class StructuredErase(RewritePass):
                 )
         if self.round_to < 1:
             raise OptionError(f"round_to is {self.round_to}, but must be at least 1")
-        if self.keep_at_least <= 0:
-            raise OptionError(f"keep_at_least is {self.keep_at_least}, but must be above 0")
+        least = self.keep_at_least
+        if not least > 0 or (least >= 1 and least != int(least)):
+            raise OptionError(
+                f"keep_at_least is {least}, but must be a share between 0 and 1, or a whole number"
+            )
         if isinstance(self.importance, str) and self.importance not in ("l2", "l1", "random"):
             raise OptionError(
                 f"importance={self.importance!r} is not known",
@@ -115,7 +118,7 @@ class StructuredErase(RewritePass):
         if self.zeros:
             units = {f: _zero_units(f, families, program) for f in chosen}
         else:
-            units = self._select(program, families, chosen, ctx)
+            units = self._select(program, families, chosen, ctx, diagnostics)
         units = {f: u for f, u in units.items() if len(u)}
         statistics: dict[str, int | float | str] = {
             "families": len(families),
@@ -162,6 +165,12 @@ class StructuredErase(RewritePass):
                 continue
             chosen.append(family)
         self._check_patterns(families)
+        named = [*self.include, *(self.sparsity if isinstance(self.sparsity, Mapping) else ())]
+        diagnostics += [
+            Diagnostic("note", f"left alone, since it is pinned: {f.pins[0]}", name=f.name)
+            for f in families.pinned
+            if f.name in named
+        ]
         return tuple(chosen), diagnostics
 
     def _check_patterns(self, families: Families) -> None:
@@ -186,6 +195,7 @@ class StructuredErase(RewritePass):
         families: Families,
         chosen: tuple[Family, ...],
         ctx: PassContext,
+        diagnostics: list[Diagnostic],
     ) -> dict[Family, torch.Tensor]:
         importance: Any = self.importance
         scored = scores(program, families, chosen, importance, ctx.seed)
@@ -202,7 +212,19 @@ class StructuredErase(RewritePass):
             return {}
         sizes = Sizes(program, families, chosen)
         select = select_global if self.scope == "global" else select_local
-        return select(sizes, scored, self.sparsity, **limits)
+        units = select(sizes, scored, self.sparsity, **limits)
+        kept = {f.atom.number: f.extent - len(u) for f, u in units.items()}
+        erased = 1 - sizes.remaining(kept) / sizes.prunable
+        slack = sum(f.parameters_per_unit for f in chosen) * self.round_to / sizes.prunable
+        if erased < self.sparsity - slack:
+            diagnostics.append(
+                Diagnostic(
+                    "warning",
+                    f"asked to erase {self.sparsity:.0%} of the prunable parameters, but only "
+                    f"{erased:.0%} can go: each family keeps at least {self.keep_at_least:g}",
+                )
+            )
+        return units
 
 
 def _matches(family: Family, patterns: Mapping[str, Any] | tuple[str, ...]) -> bool:

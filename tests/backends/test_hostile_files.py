@@ -246,7 +246,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "name-line": (node(name="x\nimport os"), "is not a name"),
     "name-keyword": (node(name="class"), "is not a name"),
     "name-twice": (node(name="x"), "two nodes are called x"),
-    "keyword-code": (node(kwargs={f"a={PAYLOAD}, b": 1}), "is not a name"),
+    "keyword-code": (node(kwargs=[[f"a={PAYLOAD}, b", 1]]), "is not a name"),
     "no-node": (node(args=[{"node": "nowhere"}]), "names the node 'nowhere'"),
     "two-kinds": (node(args=[{"node": "x", "float": "inf"}]), "cannot be read"),
     "no-kind": (node(args=[{"pickle": "gASV"}]), "cannot be read"),

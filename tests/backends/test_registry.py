@@ -158,3 +158,47 @@ def test_an_error_of_the_run_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) 
     compiled = CompiledModel(dynamic_perceptron(Perceptron()), "inductor")
     with pytest.raises(ZeroDivisionError):
         compiled(torch.randn(2, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.cxx
+def test_the_inductor_serves_every_size_of_an_encoder(tmp_path) -> None:
+    from torchlathe.backends import load
+    from torchlathe.ir import capture
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=50,
+    )
+    model = transformers.BertModel(config).eval()
+
+    def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[0, length - 1 :] = 0
+        return {"input_ids": torch.randint(0, 50, (batch, length)), "attention_mask": mask}
+
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
+    sizes = {0: batch, 1: length}
+    program = capture(
+        model,
+        (),
+        inputs(2, 16),
+        dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+    )
+    CompiledModel(program, source=model).save(tmp_path / "m.tl")
+    compiled = load(tmp_path / "m.tl", backend=Inductor())
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for shape in ((2, 16), (3, 16), (5, 40), (1, 7)):
+            given = inputs(*shape)
+            expected, found = model(**given), compiled(**given)
+            assert type(found) is type(expected)
+            torch.testing.assert_close(
+                found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5
+            )
+    # One graph for all but the batch of 1, which torch may treat as a case of its own.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

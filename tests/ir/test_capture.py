@@ -14,8 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-import torchlathe.ir.capturing as capturing
-from torchlathe.ir import TensorKind, capture, from_exported, module_path, source_line
+from torchlathe.ir import CaptureError, TensorKind, capture, from_exported, module_path, source_line
 
 R = torch.randn
 
@@ -110,7 +109,7 @@ def test_a_failing_capture_leaves_the_model_as_it_was():
 
     model = Fails().train()
     values = copy.deepcopy(model.state_dict())
-    with pytest.raises(capturing.CaptureError):
+    with pytest.raises(CaptureError):
         capture(model, (torch.ones(5, 4),))
     assert all(m.training for m in model.modules())
     assert same(dict(model.state_dict()), dict(values))

@@ -59,6 +59,21 @@ class WritesInput(nn.Module):
         return x
 
 
+class CountsAndBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        self.calls.add_(1)
+        x.add_(torch.rand(4))
+        x = nn.functional.batch_norm(
+            x, self.norm.running_mean, self.norm.running_var, None, None, True
+        )
+        return x if x.max() > 0 else -x
+
+
 class Conditional(nn.Module):
     def forward(self, x):
         return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
@@ -144,6 +159,18 @@ def test_writes_that_outlive_the_call(model, name):
     assert error.message == f"the forward code writes into {name}"
     assert torch.equal(x, torch.zeros(2, 2))
     assert all(not b.any() for b in model.buffers())
+
+
+def test_looking_for_the_cause_changes_nothing():
+    model = CountsAndBranches()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x = R(3, 4)
+    given, random = x.clone(), torch.get_rng_state()
+    error_of(CaptureError, model, x)
+    assert torch.equal(x, given)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
 
 
 def test_control_flow_names_its_line():

@@ -160,7 +160,7 @@ def test_tensors_can_be_replaced_at_their_use(program, model):
     x = R(2, 3, 4, 4)
     result = program.run(x, replace_tensor=without_bias)["a"]
     torch.testing.assert_close(result, model(x)["a"] - model.head.bias[[1, 0]])
-    assert sorted(asked) == sorted(program.entries)
+    assert set(asked) == set(program.entries)
 
 
 def test_replacements_come_before_the_conversion(program):

@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ TINY = {
     "intermediate_size": 64,
     "vocab_size": 99,
 }
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"], **TINY},
     "llama": {"model_type": "llama", "num_key_value_heads": 2, **TINY},
     "t5": {
@@ -176,25 +177,27 @@ def test_transformers_configs(kind: str, tmp_path: Path) -> None:
     assert type(named.model).__name__ == CONFIGS[kind].get("architectures", ["LlamaModel"])[0]
     assert named.notes == ("the weights are random, for the config comes without any",)
     program = named.capture()
+    model: Any = named.model
     inputs = dict(named.kwargs)
     # Another batch and, for text, another length go through what was captured.
     for name, tensor in inputs.items():
         inputs[name] = torch.cat([tensor] * 3)
         if tensor.dim() == 2:
             inputs[name] = inputs[name][:, :11]
-    found, expected = program.run(**inputs), named.model(**inputs)
+    found, expected = program.run(**inputs), model(**inputs)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
-    same = load_model(str(tmp_path / "config.json"), seed=3)
-    for a, b in zip(named.model.parameters(), same.model.parameters(), strict=True):
+    same: Any = load_model(str(tmp_path / "config.json"), seed=3).model
+    for a, b in zip(model.parameters(), same.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_weights_of_a_folder_are_loaded(tmp_path: Path) -> None:
-    named = load_model(write_config(tmp_path / "config", "bert"))
-    named.model.save_pretrained(tmp_path / "saved")
+    model: Any = load_model(write_config(tmp_path / "config", "bert")).model
+    model.save_pretrained(tmp_path / "saved")
     again = load_model(str(tmp_path / "saved"), seed=9)
     assert again.notes == ()
-    for a, b in zip(named.model.parameters(), again.model.parameters(), strict=True):
+    loaded: Any = again.model
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

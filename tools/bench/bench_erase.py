@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import os
 import platform
@@ -129,9 +130,13 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
 
     def timed(key: str, work: Callable[[], Any]) -> Any:
+        # As timeit does: whose turn it is to collect garbage is chance.
+        gc.collect()
+        gc.disable()
         start = time.perf_counter()
         result = work()
         times.setdefault(key, []).append(time.perf_counter() - start)
+        gc.enable()
         return result
 
     for _ in range(rounds):
@@ -168,7 +173,11 @@ def measure_memory(name: str) -> dict[str, Any]:
 
 
 def _memory_of(case: Case) -> dict[str, Any]:
-    """Resident memory added by the model and by compiling it, in this process."""
+    """Resident memory added by the model and by compiling it, in this process.
+
+    ``ratio`` is the peak to the weights before plus the weights after; what one forward pass of
+    the original takes besides is given apart, since verifying runs the model too.
+    """
     import torchlathe
 
     # What imports and first calls take is not the model's.
@@ -179,6 +188,10 @@ def _memory_of(case: Case) -> dict[str, Any]:
     model = case.build().eval()
     loaded = _resident()
     _reset_peak()
+    with torch.no_grad():
+        model(*args, **kwargs)
+    forward = _peak() - loaded
+    _reset_peak()
     compiled = _compile(torchlathe, model, args, kwargs, case.dynamic_shapes)
     peak = _peak()
     model_bytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
@@ -187,6 +200,7 @@ def _memory_of(case: Case) -> dict[str, Any]:
         "model_bytes": model_bytes,
         "erased_bytes": erased_bytes,
         "model_resident_bytes": loaded - before,
+        "forward_bytes": forward,
         "peak_bytes": peak - before,
         "ratio": (peak - before) / (model_bytes + erased_bytes),
     }
@@ -332,18 +346,17 @@ def _machine() -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
-    times = Table(title=f"analysis and erase at {RATIO:g}, seconds, median of {result['rounds']}")
-    for column in ("model", "parameters", "left", "peer left", "capture", "analysis"):
+    times = Table(title=f"seconds, median of {result['rounds']}; sizes in millions of parameters")
+    columns = ("model", "size", "left", "TP left", "capture", "analysis", "total", "verified")
+    for column in (*columns, "TP total", "ratio"):
         times.add_column(column, justify="left" if column == "model" else "right")
-    for column in ("analysis + erase", "verified", "Torch-Pruning", "ratio"):
-        times.add_column(column, justify="right")
     for row in result["cases"]:
         peer = row["peer_parameters_after"]
         times.add_row(
             row["case"],
-            f"{row['parameters'] / 1e6:.1f} M",
-            f"{row['parameters_after'] / 1e6:.1f} M",
-            f"{peer / 1e6:.1f} M" if peer else "-",
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['parameters_after'] / 1e6:.1f}",
+            f"{peer / 1e6:.1f}" if peer else "-",
             *(f"{row[k]['p50']:.3f}" for k in ("capture_s", "analysis_s", "total_s")),
             f"{row['total_verified_s']['p50']:.3f}",
             f"{row['peer_s']['p50']:.3f}" if row["peer_ok"] else row["peer_error"],
@@ -351,13 +364,13 @@ def _show(result: dict[str, Any], console: Console) -> None:
         )
     console.print(times)
     if any("memory" in row for row in result["cases"]):
-        memory = Table(title="peak memory of compile, MiB above the process before the model")
-        for column in ("model", "weights", "erased weights", "peak", "peak / both weights"):
+        memory = Table(title="peak memory of compile, MiB")
+        for column in ("model", "weights", "erased", "one forward", "peak", "peak / weights"):
             memory.add_column(column, justify="left" if column == "model" else "right")
         for row in result["cases"]:
             m = row["memory"]
-            sizes = (m["model_bytes"], m["erased_bytes"], m["peak_bytes"])
-            cells = (f"{size / 2**20:.0f}" for size in sizes)
+            keys = ("model_bytes", "erased_bytes", "forward_bytes", "peak_bytes")
+            cells = (f"{m[key] / 2**20:.0f}" for key in keys)
             memory.add_row(row["case"], *cells, f"{m['ratio']:.2f}")
         console.print(memory)
     if result.get("coverage"):

@@ -36,6 +36,8 @@ class Attention(Rule):
         q, k, v = (ax.terms(a) for a in node.args[:3])
         ax.unify(q[-1], k[-1])
         ax.unify(k[-2], v[-2])
+        if argument(node, "is_causal", False):
+            ax.pin_all((q[-2], k[-2]), "a causal mask numbers its positions")
         heads = q[:-2]
         if argument(node, "enable_gqa", False) and len(q) > 2:
             repeat = divide(q[-3].extent, k[-3].extent)

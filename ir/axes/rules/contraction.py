@@ -67,7 +67,7 @@ class Contraction(Rule):
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """A letter's indices vanish from the sum if any factor is zero there."""
         layout = flow.layout(node)
-        mine = {name for name, term in layout.letters.items() if flow.carries(term)}
+        mine = flow.letters(node)
         products = {name: self._product(layout.factors, name, flow) for name in mine}
         for name in mine & layout.contracted:
             if not products[name].is_zero:
@@ -183,8 +183,9 @@ class Signature(Contraction):
     bias_name: str | None = None
 
     def bias(self, node: fx.Node) -> str | None:
-        """As the op's schema calls it."""
-        return self.bias_name
+        """As the op's schema calls it; None where it is scaled (``addmm`` with a beta)."""
+        scaled = any(argument(node, name, 1) != 1 for name in ("alpha", "beta"))
+        return None if scaled else self.bias_name
 
     def layout(self, node: fx.Node, ax: Inference) -> Layout:
         """Read the text against the ranks of the operands."""

@@ -53,6 +53,8 @@ class LayerNorm(Rule):
     """``layer_norm``: the last axes are normalised, then scaled and shifted index by index."""
 
     how = "mean and variance still count the erased zeros"
+    # What a zero becomes before the weight.
+    normalised_zero = UNKNOWN
 
     def normalised(self, node: fx.Node) -> int:
         """Number of axes that are normalised."""
@@ -85,7 +87,8 @@ class LayerNorm(Rule):
                     flow.correct(node, self.how)
                 else:
                     flow.lose(node, "it normalises over indices that are not zero")
-                out.append(affine_value(node, flow, axis - rank + count, normalised=UNKNOWN))
+                normalised = self.normalised_zero if value.is_zero else UNKNOWN
+                out.append(affine_value(node, flow, axis - rank + count, normalised=normalised))
             else:
                 # A row of zeros normalises to zeros, and then the bias is added.
                 plain = not isinstance(argument(node, "bias"), fx.Node)
@@ -126,19 +129,19 @@ class LayerNorm(Rule):
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             return edit.call(target, args, kwargs, like=node, before=node)
 
-        # The fused op computes moments of half-precision inputs in float32, and so does this.
+        # The fused op computes in float32 for half-precision inputs, and so does this.
         wide = call(aten.to.dtype, x, torch.float32) if low else x
         dims = list(range(-count, 0))
         moments = call(aten.var_mean.correction, wide, dims, correction=0, keepdim=True)
         var, mean = call(operator.getitem, moments, 0), call(operator.getitem, moments, 1)
         scale = call(aten.rsqrt.default, call(aten.add.Tensor, var, argument(node, "eps", 1e-5)))
         result = call(aten.mul.Tensor, call(aten.sub.Tensor, wide, mean), scale)
-        if low:
-            result = call(aten.to.dtype, result, dtype)
         for target, name in ((aten.mul.Tensor, "weight"), (aten.add.Tensor, "bias")):
             parameter = argument(node, name)
             if isinstance(parameter, fx.Node):
                 result = call(target, result, parameter)
+        if low:
+            result = call(aten.to.dtype, result, dtype)
         correct_means(moments, share, resize, "var_mean")
         edit.replace(node, result)
 
@@ -147,6 +150,7 @@ class RMSNorm(LayerNorm):
     """``rms_norm``: as layer norm, without a mean and without a bias."""
 
     how = "the mean square still counts the erased zeros"
+    normalised_zero = ZERO
 
     def _correct(self, node: fx.Node, share: float, count: int, resize: Resize) -> None:
         """``w' = w sqrt(C/C')`` and ``eps' = eps C/C'`` (own; sum(x^2) / C is unchanged).
@@ -156,7 +160,7 @@ class RMSNorm(LayerNorm):
         edit = resize.edit
         eps = argument(node, "eps")
         if eps is None:
-            eps = torch.finfo(node.meta["val"].dtype).eps
+            eps = torch.finfo(torch.promote_types(node.meta["val"].dtype, torch.float32)).eps
         edit.set_args(node, *with_arguments(node, {"eps": eps / share}))
         weight = argument(node, "weight")
         factor = share**-0.5
@@ -179,7 +183,7 @@ class BatchNorm(Rule):
                     ax.unify(terms[1], own)
         training = argument(node, "training", False) or argument(node, "train", False)
         if training:
-            ax.pin(terms[0], "batch statistics are taken over it")
+            ax.pin_all((terms[0], *terms[2:]), "batch statistics are taken over it")
         values = node.meta["val"]
         if isinstance(values, torch.Tensor):
             return terms
@@ -209,6 +213,7 @@ class GroupNorm(Rule):
         terms = list(ax.terms(node.args[0]))
         groups = argument(node, "num_groups")
         channels = terms[1]
+        ax.pin_all(terms[2:], "group norm takes its statistics over it")
         inner = divide(channels.extent, groups)
         outer: Term = ONE
         rest = channels

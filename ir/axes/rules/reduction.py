@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
+from torchlathe.ir.axes.extents import is_static
 from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Layout, Rule, Terms, Value, Values, argument
 from torchlathe.ir.axes.rules.shaping import zeros_or_unknown
 from torchlathe.ir.axes.terms import ONE, Term
@@ -89,6 +91,10 @@ class Reduce(Rule):
     def _lost(self, node: fx.Node, value: Value, flow: Flow) -> None:
         if not value.is_zero:
             flow.lose(node, "it reduces over indices that are not zero")
+        elif self.kind == "sum" and _order(node) < 0:
+            flow.lose(node, "even zeros take part in a norm of negative order")
+        elif self.kind == "var_mean" and _unbiased(node) and not self._static(node, flow):
+            flow.lose(node, "how many elements the variance is over is dynamic")
         elif self.kind in ("mean", "var_mean"):
             flow.correct(node, "the mean still counts the erased zeros")
         elif self.kind == "other":
@@ -104,15 +110,50 @@ class Reduce(Rule):
         share = 1.0
         for axis in reduced_axes(node, len(terms)):
             share *= resize.share(terms[axis])
-        if share != 1.0:
-            correct_means(node, share, resize, self.kind)
+        if share == 1.0:
+            return
+        if self.kind == "var_mean" and (less := _unbiased(node)):
+            # The biased variance is corrected, and then divided by one less.
+            count = math.prod(terms[a].extent for a in reduced_axes(node, len(terms)))
+            first = resize.axis_map.results(node)[0] or ()
+            edit = resize.edit
+            edit.set_target(node, torch.ops.aten.var_mean.correction)
+            keepdim = len(first) == len(terms)
+            dims = sorted(reduced_axes(node, len(terms)))
+            edit.set_args(node, (source, dims), {"correction": 0, "keepdim": keepdim})
+            correct_means(node, share, resize, self.kind, scale=count / max(count - less, 0))
+            return
+        correct_means(node, share, resize, self.kind)
+
+    @staticmethod
+    def _static(node: fx.Node, flow: Flow) -> bool:
+        terms = flow.index.axis_map.terms(node.all_input_nodes[0])
+        return all(is_static(terms[a].extent) for a in reduced_axes(node, len(terms)))
 
 
-def correct_means(node: fx.Node, share: float, resize: Resize, kind: str) -> None:
+def _order(node: fx.Node) -> float:
+    """The order of a vector norm; 1 for a plain sum."""
+    order: Any = argument(node, "ord", argument(node, "p"))
+    return float(order) if isinstance(order, int | float) else 1.0
+
+
+def _unbiased(node: fx.Node) -> float:
+    """What a variance subtracts from the number of elements that it divides by."""
+    names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    if "unbiased" in names:
+        return float(bool(argument(node, "unbiased", True)))
+    found: Any = argument(node, "correction")
+    return 1.0 if found is None else float(found)
+
+
+def correct_means(
+    node: fx.Node, share: float, resize: Resize, kind: str, *, scale: float = 1.0
+) -> None:
     """Rescale means over ``kept`` elements to means over all of them, the rest being zeros.
 
     With s = kept / all: mean = s * mean', and from E[x^2] = s (var' + mean'^2),
-    var = s * var' + s (1 - s) * mean'^2 (own; algebra of the zeros' share).
+    var = s * var' + s (1 - s) * mean'^2 (own; algebra of the zeros' share). The variance is
+    multiplied by ``scale`` on top.
     """
     edit = resize.edit
     if kind == "mean":
@@ -129,8 +170,8 @@ def correct_means(node: fx.Node, share: float, resize: Resize, kind: str) -> Non
         var_users = list(var.users)
         last = mean if var < mean else var
         square = edit.call(_MUL, (mean, mean), like=last)
-        extra = edit.call(_MUL, (square, share * (1.0 - share)), like=square)
-        scaled = edit.call(_MUL, (var, share), like=extra)
+        extra = edit.call(_MUL, (square, scale * share * (1.0 - share)), like=square)
+        scaled = edit.call(_MUL, (var, scale * share), like=extra)
         total = edit.call(_ADD, (scaled, extra), like=scaled)
         edit.replace(var, total, var_users)
 

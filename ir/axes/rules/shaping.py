@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from torchlathe.ir.axes.inference import is_one
@@ -80,17 +82,18 @@ class Permute(Structural):
     def order(self, node: fx.Node, rank: int) -> list[int]:
         """Which axis of the input each axis of the result is."""
         name = node.target._schema.name  # type: ignore[union-attr]
-        if name in ("aten::permute",):
+        if name == "aten::permute":
             dims: Any = argument(node, "dims")
             return [d % rank for d in dims]
-        if name in ("aten::t", "aten::numpy_T", "aten::mT", "aten::adjoint"):
-            swap = (rank - 2, rank - 1)
-        else:
-            swap = (argument(node, "dim0") % rank, argument(node, "dim1") % rank)
         order = list(range(rank))
-        if rank > 1:
-            order[swap[0]], order[swap[1]] = order[swap[1]], order[swap[0]]
-        return order
+        if name == "aten::transpose":
+            first, second = argument(node, "dim0") % rank, argument(node, "dim1") % rank
+            order[first], order[second] = second, first
+            return order
+        # What the op does to a tensor whose extents are all different tells the order.
+        assert callable(node.target)
+        probe = torch.empty(order, device="meta")
+        return list(node.target(probe, *node.args[1:], **node.kwargs).shape)
 
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """The same terms in another order."""
@@ -117,16 +120,30 @@ class Unsqueeze(Structural):
 class Squeeze(Structural):
     """Axes of extent 1 go."""
 
+    @staticmethod
+    def dropped(node: fx.Node, terms: Sequence[Term]) -> list[int]:
+        """The axes that go."""
+        rank = len(terms)
+        dims: Any = argument(node, "dim")
+        if dims is None:
+            dims = range(rank)
+        chosen = dims if isinstance(dims, list | tuple | range) else [dims]
+        return sorted({d % rank for d in chosen if is_one(terms[d % rank])}) if rank else []
+
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """Keep the terms of the axes that are not squeezed."""
         terms = ax.terms(node.args[0])
-        dims: Any = argument(node, "dim")
-        if dims is None:
-            drop = {i for i, t in enumerate(terms) if is_one(t)}
-        else:
-            chosen = dims if isinstance(dims, list | tuple) else [dims]
-            drop = {d % len(terms) for d in chosen if is_one(terms[d % len(terms)])}
+        drop = self.dropped(node, terms)
         return tuple(t for i, t in enumerate(terms) if i not in drop)
+
+    def resize(self, node: fx.Node, resize: Resize) -> None:
+        """Name the axes, since another may be down to extent 1 now."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        dims = self.dropped(node, resize.terms(source))
+        edit = resize.edit
+        edit.set_target(node, torch.ops.aten.squeeze.dims)
+        edit.set_args(node, (source, dims), {})
 
 
 @dataclass(frozen=True)
@@ -198,8 +215,10 @@ class Repeat(Structural):
                 ax.pin(copies, "it numbers the copies of a repeat")
                 out.append(ax.solver.product((copies, term)))
             else:
-                ax.pin(term, "it is repeated a dynamic number of times")
+                reason = "it is repeated a dynamic number of times"
+                ax.pin(term, reason)
                 out.append(ax.fresh(extent))
+                ax.pin(out[-1], reason)
         return tuple(out)
 
 

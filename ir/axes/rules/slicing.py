@@ -33,6 +33,9 @@ class Slice(Structural):
         result = ax.shape(node)[dim]
         if same(result, term.extent):
             return tuple(terms)
+        if same(result, 0):
+            terms[dim] = ax.fresh(0)
+            return tuple(terms)
         bounds = self._bounds(node, term)
         if bounds is None or not is_static(term.extent):
             ax.pin(term, "it is cut at a dynamic position")
@@ -213,6 +216,14 @@ class PinnedAxis(Structural):
         if isinstance(values, torch.Tensor):
             return self._result(ax, terms, values, chosen)
         return [self._result(ax, terms, v, chosen) for v in values]
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """Values change places; what ``sort`` and its like say about places is not known."""
+        values = node.meta["val"]
+        moved, unknown = flow.structural(node), flow.unknown(node)
+        if isinstance(values, torch.Tensor):
+            return moved if values.dtype == node.args[0].meta["val"].dtype else unknown  # type: ignore[union-attr]
+        return [moved[0], *unknown[1:]]  # type: ignore[list-item]
 
     def _result(
         self, ax: Inference, terms: tuple[Term, ...], value: torch.Tensor, chosen: set[int]

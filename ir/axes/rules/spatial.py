@@ -50,7 +50,12 @@ class OverPositions(Rule):
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """Channels stay apart; padding may mix zeros into another constant."""
-        return zeros_or_unknown(node, flow) if self.zero else flow.unknown(node)
+        values = zeros_or_unknown(node, flow) if self.zero else flow.unknown(node)
+        if not isinstance(values, list):
+            return values
+        unknown = flow.unknown(node)
+        assert isinstance(unknown, list)
+        return [values[0], *unknown[1:]]  # the others are positions
 
 
 class PixelShuffle(Structural):

@@ -69,7 +69,9 @@ def free_atoms(program: Program) -> list[Atom]:
     return [
         atom
         for atom in axis_map.atoms
-        if isinstance(atom.extent, int) and all(pin.reason == OUTPUT for pin in atom.pins)
+        if isinstance(atom.extent, int)
+        and atom.extent > 1
+        and all(pin.reason == OUTPUT for pin in atom.pins)
     ]
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ir.axes.commuting import captured, check_op, free_atoms, terms_fit
-from torchlathe.ir.axes import AxisTerms, ruled_ops
+from tests.ir.axes.commuting import captured, check_op, free_atoms
 
 aten = torch.ops.aten
 
@@ -72,6 +71,7 @@ POINTWISE = [
     case("type-as", 3, lambda a, b: (a.type_as(b), b * 1), (3, 4), (5,)),
     case("zero-dim", 2, torch.add, (3, 4), ()),
     case("mul-zero-dim", 2, torch.mul, (3, 4), ()),
+    case("rsqrt", 2, torch.rsqrt, POSITIVE),
     case("nan-to-num", 2, torch.nan_to_num, (3, 4)),
     *(
         case(f"unary-{f.__name__}", 2, f, (3, 4))
@@ -101,7 +101,6 @@ POINTWISE = [
             F.softsign,
             F.tanhshrink,
             F.hardtanh,
-            torch.rsqrt,
             torch.reciprocal,
         )
     ),
@@ -136,7 +135,7 @@ CONTRACTIONS = [
     case("matmul-4-4", 5, torch.matmul, (2, 3, 2, 3), (2, 3, 3, 4)),
     case("matmul-broadcast-batch", 5, torch.matmul, (2, 1, 2, 3), (1, 3, 3, 4)),
     case("matmul-4-3", 5, torch.matmul, (2, 3, 2, 3), (3, 3, 4)),
-    case("conv1d", 2, F.conv1d, (2, 3, 6), (4, 3, 3), (4,)),
+    case("conv1d", 3, F.conv1d, (2, 3, 6), (4, 3, 3), (4,)),
 ]
 
 EINSUMS = [
@@ -244,7 +243,7 @@ def attention(**options: Any) -> Callable[..., Any]:
 ATTENTION = [
     case("sdpa", 6, attention(), (2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 4)),
     case("sdpa-scale", 6, attention(scale=0.3), (2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 4)),
-    case("sdpa-causal", 6, attention(is_causal=True), (2, 3, 4, 6), (2, 3, 4, 6), (2, 3, 4, 2)),
+    case("sdpa-causal", 4, attention(is_causal=True), (2, 3, 4, 6), (2, 3, 4, 6), (2, 3, 4, 2)),
     case("sdpa-mask", 6, attention(), (2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 4), (3, 4, 5)),
     case("sdpa-rank-3", 5, attention(), (2, 4, 6), (2, 5, 6), (2, 5, 4)),
     case("sdpa-gqa", 6, attention(enable_gqa=True), (2, 6, 4, 6), (2, 3, 5, 6), (2, 3, 5, 4)),
@@ -280,7 +279,7 @@ NORMS = [
     case(
         "batch-norm",
         4,
-        lambda x, m, v, w, b: F.batch_norm(x, m, v.abs() + 1, w, b),
+        lambda x, m, v, w, b: F.batch_norm(x, m.detach(), v.detach().abs() + 1, w, b),
         (2, 3, 4, 2),
         (3,),
         (3,),
@@ -288,7 +287,12 @@ NORMS = [
         (3,),
     ),
     case(
-        "batch-norm-plain", 2, lambda x, m, v: F.batch_norm(x, m, v.abs() + 1), (2, 3), (3,), (3,)
+        "batch-norm-plain",
+        2,
+        lambda x, m, v: F.batch_norm(x, m.detach(), v.detach().abs() + 1),
+        (2, 3),
+        (3,),
+        (3,),
     ),
     case(
         "batch-norm-statistics",
@@ -358,7 +362,7 @@ SHAPES = [
     case("view-infer", 3, lambda x: x.view(2, -1, 4), (2, 12)),
     case("view-regroup", 3, lambda x: x.reshape(2, 12), (6, 4)),
     case("view-through", 0, lambda x: x.reshape(4, 6), (6, 4)),
-    case("view-dtype", 2, lambda x: x.view(torch.int64).view(torch.float64), (3, 4)),
+    case("view-dtype", 0, lambda x: x.view(torch.int64).view(torch.float64), (3, 4)),
     case("flatten", 3, lambda x: x.flatten(1), (2, 3, 4)),
     case("unflatten", 3, lambda x: x.unflatten(1, (3, -1)), (2, 12)),
     case("unflatten-first", 2, lambda x: x.unflatten(-1, (3, 4)), (12,)),
@@ -382,7 +386,8 @@ SHAPES = [
     case("expand-keep", 2, lambda x: x.expand(-1, 4), (3, 1)),
     case("expand-as", 2, lambda x, y: x.expand_as(y) + y, (3, 1), (3, 4)),
     case("repeat", 2, lambda x: x.repeat(2, 1, 3), (3, 4)),
-    case("kv-repeat", 3, lambda k: k[:, None].expand(3, 2, 4, 5).reshape(6, 4, 5), (3, 4, 5)),
+    case("repeat-interleave", 2, lambda x: x.repeat_interleave(2, -1), (3, 4)),
+    case("kv-repeat", 4, lambda k: k[:, None].expand(3, 2, 4, 5).reshape(6, 4, 5), (3, 4, 5)),
 ]
 
 CUTTING = [
@@ -390,11 +395,11 @@ CUTTING = [
     case("slice-negative", 2, lambda x: x[:, -4:], (3, 4)),
     case("slice-negative-bounds", 4, lambda x: x[:, -5:-2], (3, 8)),
     case("slice-step", 2, lambda x: x[:, ::2], (3, 8)),
-    case("slice-step-offset", 2, lambda x: x[:, 2:8:3], (3, 8)),
+    case("slice-step-offset", 3, lambda x: x[:, 2:8:3], (3, 8)),
     case("slice-step-uneven", 1, lambda x: x[:, ::2], (3, 5)),
     case("slice-beyond", 2, lambda x: x[:, :100], (3, 4)),
-    case("slice-empty", 1, lambda x: x[:, 4:4], (3, 4)),
-    case("slice-empty-inside", 1, lambda x: x[:, 2:2], (3, 4)),
+    case("slice-empty", 2, lambda x: x[:, 4:4], (3, 4)),
+    case("slice-empty-inside", 2, lambda x: x[:, 2:2], (3, 4)),
     case("slice-rows", 2, lambda x: x[1:], (4, 3)),
     case("slice-twice", 4, lambda x: (x[:, :4], x[:, 2:]), (3, 6)),
     case("rotary", 2, lambda x, y: torch.cat((-x[:, 3:], x[:, :3]), -1) * y + x, (4, 6), (4, 6)),
@@ -406,18 +411,18 @@ CUTTING = [
     case("chunk-gated", 2, lambda x: (lambda a, b: a * b.sigmoid())(*x.chunk(2, -1)), (3, 8)),
     case("chunk-uneven", 4, lambda x: x.chunk(3, 0), (8, 3)),
     case("tensor-split", 4, lambda x: torch.tensor_split(x, 3, 0), (8, 3)),
-    case("tensor-split-at", 3, lambda x: torch.tensor_split(x, (2, 6), 0)[1:], (8, 3)),
+    case("tensor-split-at", 4, lambda x: torch.tensor_split(x, (2, 6), 0)[1:], (8, 3)),
     case("unbind", 1, lambda x: x.unbind(1), (3, 4)),
-    case("qkv", 4, lambda x: x.view(2, 3, 2, 4).permute(1, 0, 2, 3).unbind(0), (2, 24)),
+    case("qkv", 3, lambda x: x.view(2, 3, 2, 4).permute(1, 0, 2, 3).unbind(0), (2, 24)),
     case("cat", 3, lambda x, y: torch.cat([x, y], 1), (3, 4), (3, 2)),
     case("cat-negative", 4, lambda x, y, z: torch.cat([x, y, z], -1), (3, 4), (3, 2), (3, 2)),
     case("cat-same", 2, lambda x: torch.cat([x, x], 1), (3, 4)),
     case("cat-rows", 3, lambda x, y: torch.cat([x, y]), (3, 4), (2, 4)),
     case("stack", 2, lambda x, y: torch.stack([x, y], -1), (3, 4), (3, 4)),
-    case("index", 1, lambda x: x[torch.tensor([0, 2, 2])], (3, 4)),
-    case("index-middle", 2, lambda x: x[:, torch.tensor([0, 2]), :], (3, 4, 2)),
-    case("index-pair", 1, lambda x: x[:, torch.tensor([0, 2]), torch.tensor([1, 1])], (3, 4, 2)),
-    case("index-apart", 1, lambda x: x[torch.tensor([0, 2]), :, torch.tensor([1, 1])], (3, 4, 2)),
+    case("index", 2, lambda x: x[torch.tensor([0, 2, 2])], (3, 4)),
+    case("index-middle", 3, lambda x: x[:, torch.tensor([0, 2]), :], (3, 4, 2)),
+    case("index-pair", 2, lambda x: x[:, torch.tensor([0, 2]), torch.tensor([1, 1])], (3, 4, 2)),
+    case("index-apart", 2, lambda x: x[torch.tensor([0, 2]), :, torch.tensor([1, 1])], (3, 4, 2)),
     case("pad", 1, lambda x: F.pad(x, (1, 2)), (3, 4)),
     case("pad-value", 1, lambda x: F.pad(x, (1, 2), value=1.0), (3, 4)),
     case("pad-of-constant", 1, lambda x: F.pad(x.sigmoid(), (1, 2)), (3, 4)),
@@ -452,8 +457,8 @@ POSITIONS = [
 ]
 
 OTHERS = [
-    case("embedding", 1, lambda i, w: F.embedding(i, w), INDEX, (5, 4)),
-    case("embedding-padding", 1, lambda i, w: F.embedding(i, w, padding_idx=0), INDEX, (5, 4)),
+    case("embedding", 3, lambda i, w: F.embedding(i, w), INDEX, (5, 4)),
+    case("embedding-padding", 3, lambda i, w: F.embedding(i, w, padding_idx=0), INDEX, (5, 4)),
     case("zeros", 2, lambda x: torch.zeros(3, 4, dtype=torch.float64) + x, (3, 4)),
     case("ones", 2, lambda x: torch.ones(3, 4, dtype=torch.float64) * x, (3, 4)),
     case("full", 2, lambda x: torch.full((3, 4), 2.0, dtype=torch.float64) + x, (3, 4)),
@@ -463,7 +468,7 @@ OTHERS = [
     case("fresh-zeros", 2, lambda x: torch.zeros(3, 4, dtype=torch.float64) + x[:1, :1], (1, 1)),
     case(
         "squeeze-excite",
-        2,
+        5,
         lambda x, a, b: (
             x * F.linear(F.linear(x.mean((2, 3)), a).relu(), b).sigmoid()[:, :, None, None]
         ),
