@@ -11,6 +11,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -193,11 +194,8 @@ def _register_containers() -> None:
     if "transformers.cache_utils" not in sys.modules:
         return
     try:
-        from transformers.integrations.executorch import (
-            register_dynamic_cache_export_support,
-        )
-
-        register_dynamic_cache_export_support()
-    except (ImportError, ValueError) as error:
+        support = import_module("transformers.integrations.executorch")
+        support.register_dynamic_cache_export_support()
+    except (ImportError, AttributeError, ValueError) as error:
         # A version without it, or types that are registered already.
         log.debug("transformers' caches are not registered: %s", error)

@@ -183,7 +183,8 @@ def _original(model: Any, before: Program) -> Iterator[Callable[..., Any]]:
         with eval_mode(model):
             yield model
     elif isinstance(model, Program):
-        yield before.run
+        # Not before.run: node by node it would be slower than any model is.
+        yield CompiledModel(before)
     else:
         yield model.module()
 

@@ -5,48 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
+from torchlathe.ir.extents import Extent
 
-__all__ = ["Extent", "divide", "extent_of", "is_static", "multiply", "same"]
-
-# An int, or a sympy expression over the symbols of the shape environment.
-Extent = Any
+__all__ = ["Extent", "divide", "is_static", "multiply", "same", "subtract"]
 
 
-def extent_of(dim: Any) -> Extent:
-    """The extent of one entry of a fake tensor's shape; adds no guard."""
-    if isinstance(dim, int):
-        return dim
-    assert isinstance(dim, torch.SymInt)
-    expr = dim.node.expr
-    return int(expr) if expr.is_number else expr
-
-
-def is_static(extent: Extent) -> bool:
+def is_static(extent: Any) -> bool:
     """Whether the extent is a plain number."""
     return isinstance(extent, int)
 
 
-def same(a: Extent, b: Extent) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two extents are equal for every value of the symbols."""
     if a is b:
         return True
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    if isinstance(a, int) or isinstance(b, int):
-        return False
-    return bool(a == b) or (a - b).expand() == 0
+    return bool(a == b) or subtract(a, b) == 0
 
 
-def multiply(extents: Iterable[Extent]) -> Extent:
+def subtract(a: Any, b: Any) -> Extent:
+    """``a - b``, an int where it is a number."""
+    difference = a - b
+    if isinstance(difference, int):
+        return difference
+    difference = difference.expand()
+    return int(difference) if difference.is_Integer else difference
+
+
+def multiply(extents: Iterable[Any]) -> Any:
     """The product; 1 for none."""
-    result: Extent = 1
+    result: Any = 1
     for extent in extents:
         result = result * extent
     return result
 
 
-def divide(a: Extent, b: Extent) -> Extent | None:
+def divide(a: Any, b: Any) -> Any:
     """``a / b`` where ``b`` divides ``a`` for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None

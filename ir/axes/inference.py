@@ -10,10 +10,11 @@ import torch
 from torch import fx
 
 from torchlathe.ir.analysis import Analysis
-from torchlathe.ir.axes.extents import Extent, divide, extent_of, is_static, same
+from torchlathe.ir.axes.extents import Extent, divide, is_static, same
 from torchlathe.ir.axes.rule import Layout, Terms
 from torchlathe.ir.axes.table import rule_of
 from torchlathe.ir.axes.terms import ONE, Atom, Mismatch, Pin, Product, Solver, Term
+from torchlathe.ir.extents import expression
 from torchlathe.ir.inputs import input_paths
 from torchlathe.ir.provenance import info, module_path, source_line
 
@@ -187,11 +188,11 @@ class Inference:
 
     def shape(self, node: fx.Node) -> tuple[Extent, ...]:
         """Extents of a node's (only) result."""
-        return tuple(extent_of(d) for d in node.meta["val"].shape)
+        return tuple(expression(d) for d in node.meta["val"].shape)
 
     def fresh(self, dim: Any) -> Term:
         """A new atom for a dimension of a fake tensor (or an extent)."""
-        return self.solver.atom(extent_of(dim) if isinstance(dim, torch.SymInt) else dim)
+        return self.solver.atom(expression(dim) if isinstance(dim, torch.SymInt) else dim)
 
     def fresh_results(self, node: fx.Node) -> Terms:
         """New atoms for every axis of every result."""

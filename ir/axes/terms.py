@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torchlathe.ir.axes.extents import Extent, divide, is_static, multiply, same
+from torchlathe.ir.axes.extents import Extent, divide, is_static, multiply, same, subtract
 
 __all__ = ["ONE", "Atom", "Concat", "Mismatch", "Pin", "Product", "Solver", "Term"]
 
@@ -267,7 +267,7 @@ class Solver:
                 after[0] = right
                 return self.concat(before), self.concat(after)
             before.append(after.pop(0))
-            position = position - piece.extent
+            position = subtract(position, piece.extent)
             if is_static(position) and position < 0:
                 raise Mismatch(f"{term} cannot be cut inside a dynamic part")
         if not before or not after or not same(position, 0):

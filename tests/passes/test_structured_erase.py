@@ -223,7 +223,7 @@ def test_keep_at_least(mlp: Program, least: float, up: int, enter: int) -> None:
 
 def test_what_cannot_be_reached_is_told(mlp: Program) -> None:
     after = erase(mlp, sparsity=0.9, keep_at_least=0.5)
-    assert "asked to erase 90 %" in messages(after)
+    assert "asked to erase 90%" in messages(after)
 
 
 def test_include_and_exclude(mlp: Program) -> None:

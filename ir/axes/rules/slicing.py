@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from torchlathe.ir.axes.extents import divide, extent_of, is_static, same
+from torchlathe.ir.axes.extents import divide, is_static, same
 from torchlathe.ir.axes.rule import Rule, Terms, Values, argument, with_arguments
 from torchlathe.ir.axes.rules.shaping import Structural, zeros_or_unknown
 from torchlathe.ir.axes.terms import Term
+from torchlathe.ir.extents import expression
 
 if TYPE_CHECKING:
     from torchlathe.ir.axes.flow import Flow
@@ -113,7 +114,7 @@ class Split(Structural):
         rest = terms[dim]
         results: list[tuple[Term, ...] | None] = []
         for value in values[:-1]:
-            piece, rest = ax.cut(rest, extent_of(value.shape[dim]))
+            piece, rest = ax.cut(rest, expression(value.shape[dim]))
             results.append((*terms[:dim], piece, *terms[dim + 1 :]))
         results.append((*terms[:dim], rest, *terms[dim + 1 :]))
         return results
@@ -231,7 +232,7 @@ class PinnedAxis(Structural):
         """Axes that changed their extent (``topk``) are new and fixed."""
         out = []
         for axis, (term, dim) in enumerate(zip(terms, value.shape, strict=True)):
-            if axis in chosen and not same(extent_of(dim), term.extent):
+            if axis in chosen and not same(expression(dim), term.extent):
                 term = ax.fresh(dim)
                 ax.pin(term, self.reason)
             out.append(term)
