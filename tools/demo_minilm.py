@@ -26,7 +26,7 @@ __all__ = ["PIPELINE", "main"]
 
 # Feed-forward channels and attention heads; the residual stream and the embedding stay whole.
 PIPELINE = (
-    "structured-erase{sparsity=0.2,include=[*.intermediate.dense.weight:0,*.self.query.weight:0/0]}"
+    "structured-erase{sparsity=0.1,include=[*.intermediate.dense.weight:0,*.self.query.weight:0/0]}"
 )
 
 _BATCH = 16

@@ -17,6 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from torchlathe.ir import ArtifactError, Error, InputError, Program, SpecError, capture
+from torchlathe.tools.compat import define_torchvision_ops
 from torchlathe.tools.input_specs import parse_inputs
 
 __all__ = ["NamedModel", "load_model"]
@@ -185,6 +186,7 @@ def _named(name: str, made: Any) -> NamedModel:
 
 def _import(place: str) -> ModuleType:
     """Import a dotted name, with the working folder on the path, or run a file."""
+    define_torchvision_ops()  # what it imports may need them
     if place.endswith(".py"):
         return _run_file(Path(place))
     if "" not in sys.path and str(Path.cwd()) not in sys.path:

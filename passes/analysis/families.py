@@ -208,7 +208,7 @@ class ZeroInvariantGroups(AnalysisPass[Families]):
         """The same families with the same slices and verdicts."""
 
         def rows(families: Families) -> list[Any]:
-            return [(f.name, f.slices, f.exactness, f.pinned) for f in families]
+            return [(f.name, f.extent, f.slices, f.exactness, f.pinned) for f in families]
 
         return rows(a) == rows(b)
 
