@@ -48,7 +48,7 @@ class Conv(nn.Module):
         self.mix = nn.Conv2d(8, 12, 1)
         self.grouped = nn.Conv2d(12, 6, 1, groups=3)
         self.head = nn.Linear(6, 5)
-        for tensor in (*self.parameters(), self.bn.running_mean):
+        for tensor in (*self.parameters(), self.bn.get_buffer("running_mean")):
             nn.init.normal_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:

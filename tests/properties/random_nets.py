@@ -174,13 +174,13 @@ def _draw_step(draw: Any, values: list[Value]) -> Step:
 
 
 @st.composite
-def plans(draw: Any, source: str, *, steps: int = 8) -> Plan:
+def plans(draw: Any, source: str, *, steps: int = 10) -> Plan:
     """A random plan of up to this many steps, on one of `SOURCES`."""
     width = draw(st.sampled_from(WIDTHS))
     kind = "sequence" if source == "tokens" else source
     values = [Value(kind, width, EDGE if kind == "image" else 0)]
     drawn: list[Step] = []
-    for _ in range(draw(st.integers(2, steps))):
+    for _ in range(draw(st.integers(min(4, steps), steps))):
         drawn.append(_draw_step(draw, values))
         values.extend(drawn[-1].makes)
     return Plan(source, width, tuple(drawn))
@@ -201,7 +201,7 @@ class RandomNet(nn.Module):
         super().__init__()
         self.plan, self.identities = plan, identities
         values = [_first(plan)]
-        self.enter = _enter(plan)
+        self.enter: Any = _enter(plan)
         self.ops = nn.ModuleList()
         for step in plan.steps:
             self.ops.append(_module(step, values))
@@ -209,6 +209,9 @@ class RandomNet(nn.Module):
         read = {i for step in plan.steps for i in step.reads}
         self.ends = [i for i in range(len(values)) if i not in read]
         self.heads = nn.ModuleList(nn.Linear(values[i].width, 3) for i in self.ends)
+        # The output embedding of a language model: the input's, read the other way round.
+        fits = plan.source == "tokens"
+        self.tied = [i for i in self.ends if fits and values[i] == values[0]]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         values = [self.enter(x)]
@@ -218,9 +221,9 @@ class RandomNet(nn.Module):
             if self.identities:
                 made = tuple(_identity(y, count + k) for k, y in enumerate(made))
             values.extend(made)
-        return tuple(
-            head(_pooled(values[i])) for i, head in zip(self.ends, self.heads, strict=True)
-        )
+        ends = [head(_pooled(values[i])) for i, head in zip(self.ends, self.heads, strict=True)]
+        ends += [F.linear(values[i], self.enter.weight) for i in self.tied]
+        return tuple(ends)
 
 
 def build(plan: Plan, *, identities: bool = False) -> nn.Module:

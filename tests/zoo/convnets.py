@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +13,11 @@ from tests.zoo.zoo_model import ZooModel, images
 __all__ = ["CONVNETS"]
 
 
-def conv_bn(cin: int, cout: int, size: int = 3, **options: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(cin, cout, size, padding=size // 2, bias=False, **options), nn.BatchNorm2d(cout)
-    )
+def conv_bn(
+    cin: int, cout: int, size: int = 3, *, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    conv = nn.Conv2d(cin, cout, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(cout))
 
 
 class Head(nn.Module):
@@ -442,7 +445,9 @@ class ScaledInput(nn.Module):
         return self.head(x + self.two(F.relu(self.one(x))))
 
 
-def _net(name: str, make: type[nn.Module], channels: int = 3, **options: object) -> ZooModel:
+def _net(
+    name: str, make: Callable[[], nn.Module], channels: int = 3, **options: object
+) -> ZooModel:
     spatial = options.pop("spatial", 2)
     assert isinstance(spatial, int)
     return ZooModel(name, make, **{**images(channels, spatial=spatial), **options})

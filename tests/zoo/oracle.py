@@ -100,7 +100,7 @@ def zeroed_twin(model: nn.Module, zeroed: Indices) -> nn.Module:
     Made from the names alone, with none of the machinery that it checks.
     """
     twin = copy.deepcopy(model)
-    tensors = dict(twin.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(twin.named_parameters(remove_duplicate=False))
     tensors.update(twin.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, axes in zeroed.items():

@@ -214,6 +214,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class GroupedQueryRotary(nn.Module):
     """Llama's attention: six query heads share two key and value heads; rotary positions."""
 
+    frequency: Tensor
+
     def __init__(self, *, native: bool = False, interleaved: bool = False) -> None:
         super().__init__()
         self.native, self.interleaved = native, interleaved

@@ -76,7 +76,7 @@ def randomised(model: nn.Module) -> nn.Module:
     that keeping the wrong channels of them would change nothing.
     """
     with torch.no_grad():
-        for tensor in model.parameters():
+        for tensor in map(torch.Tensor.detach, model.parameters()):
             if tensor.is_floating_point() and tensor.dim() <= 1:
                 centre = 1.0 if tensor.numel() and bool((tensor == 1).all()) else 0.0
                 tensor.copy_(centre + 0.3 * torch.randn_like(tensor))

@@ -21,9 +21,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -53,7 +54,7 @@ def captured(case: Case, model: torch.nn.Module) -> Program:
     return capture(model, args, kwargs, dynamic_shapes=case.dynamic_shapes)
 
 
-def erase(program: Program, verify: str = "off") -> Program:
+def erase(program: Program, verify: Literal["off", "fast"] = "off") -> Program:
     """Analysis and erase on a program that has no analysis yet."""
     return PassManager(PIPELINE, verify=verify).run(program)
 
@@ -98,7 +99,7 @@ def check(case: Case, model: torch.nn.Module) -> dict[str, Any]:
         raise RuntimeError(f"{case.name}: erased differs from its zeroed twin by {error:.1e}")
 
     twin = copy.deepcopy(model)
-    row = {
+    row: dict[str, Any] = {
         "parameters": _count(model.parameters()),
         "parameters_after": _count(after.parameters.values()),
         "error_f32": error,
@@ -130,26 +131,26 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
 
     def timed(key: str, work: Callable[[], Any]) -> Any:
-        # As timeit does: whose turn it is to collect garbage is chance.
+        # Each pays for the collection of its own garbage, not for walking what was there before.
         gc.collect()
-        gc.disable()
+        gc.freeze()
         start = time.perf_counter()
         result = work()
         times.setdefault(key, []).append(time.perf_counter() - start)
-        gc.enable()
+        gc.unfreeze()
         return result
 
     for _ in range(rounds):
-        program = timed("capture_s", lambda: captured(case, model))
+        program = timed("capture_s", partial(captured, case, model))
         # Copies have no analysis yet.
         fresh, verified = program.copy(), program.copy()
-        timed("analysis_s", lambda p=fresh: p.analysis(ZeroInvariantGroups))
-        timed("total_s", lambda p=program: erase(p))
-        timed("total_verified_s", lambda p=verified: erase(p, "fast"))
+        timed("analysis_s", partial(fresh.analysis, ZeroInvariantGroups))
+        timed("total_s", partial(erase, program))
+        timed("total_verified_s", partial(erase, verified, "fast"))
         if row["peer_ok"]:
             twin = copy.deepcopy(model)
             with _quiet():
-                timed("peer_s", lambda m=twin: peer_prune(case, m))
+                timed("peer_s", partial(peer_prune, case, twin))
             del twin
     for key, values in times.items():
         row[key] = _quantiles(values)
@@ -271,7 +272,7 @@ def _attempt_here(case: Case, who: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         yield
@@ -389,7 +390,7 @@ def _outcome(attempt: dict[str, Any]) -> str:
     if attempt["outcome"] == "ok":
         share = attempt["parameters_after"] / attempt["parameters"]
         return f"ok, {share:.0%} left, {attempt['seconds']:.2f} s"
-    return attempt["outcome"] + (f": {attempt['error']}" if "error" in attempt else "")
+    return str(attempt["outcome"]) + (f": {attempt['error']}" if "error" in attempt else "")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -424,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         case = next(c for c in COVERAGE if c.name == name)
         sys.stdout.write(json.dumps(_attempt_here(case, who)) + "\n")
         return 0
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     rounds = 1 if options.quick else options.rounds
     result: dict[str, Any] = {"benchmark": "erase", **_machine(), "rounds": rounds, "cases": []}
     for name in options.models.split(","):

@@ -224,7 +224,7 @@ class PinnedAxis(Structural):
         moved, unknown = flow.structural(node), flow.unknown(node)
         if isinstance(values, torch.Tensor):
             return moved if values.dtype == node.args[0].meta["val"].dtype else unknown  # type: ignore[union-attr]
-        return [moved[0], *unknown[1:]]  # type: ignore[list-item]
+        return [moved[0], *unknown[1:]]
 
     def _result(
         self, ax: Inference, terms: tuple[Term, ...], value: torch.Tensor, chosen: set[int]

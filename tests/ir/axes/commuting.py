@@ -164,13 +164,13 @@ def _check_atom(
     with torch.no_grad():
         got = _run(program, None, {})
     assert len(got) == len(wanted)
-    for value, want, out in zip(got, wanted, out_masks, strict=True):
+    for short, want, out in zip(got, wanted, out_masks, strict=True):
         for axis, keep in enumerate(out):
             if keep is not None:
                 want = want.index_select(axis, keep.nonzero().flatten())
-        assert value.shape == want.shape, (program.graph, value.shape, want.shape)
+        assert short.shape == want.shape, (program.graph, short.shape, want.shape)
         torch.testing.assert_close(
-            value,
+            short,
             want,
             rtol=1e-11,
             atol=1e-11,
@@ -207,7 +207,7 @@ def _check_values(flow: Flow, axis_map: Any, kept: Any, seen: dict[fx.Node, Any]
             for axis, (value, term) in enumerate(zip(row, terms or (), strict=True)):
                 keep = resize.mask(term)
                 assert (value is None) == (keep is None), (node, axis, value)
-                if value is None or value.constant is None or not result.numel():
+                if value is None or keep is None or value.constant is None or not result.numel():
                     continue
                 claims += 1
                 held = result.index_select(axis, (~keep).nonzero().flatten()).double()

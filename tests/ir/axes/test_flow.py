@@ -64,6 +64,16 @@ def test_exact(function: Any) -> None:
     check_by_erasing(program)
 
 
+def by_hand(m: Any, x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + 1e-5) * m.w + m.b
+
+
+def unbiased(m: Any, x: Tensor) -> Tensor:
+    var, _ = torch.var_mean(x + 0 * m.b, -1, keepdim=True)
+    return x * m.w / var
+
+
 CORRECTED = {
     "layer norm": lambda m, x: F.layer_norm(x, (WIDTH,), m.w, m.b),
     "rms norm": lambda m, x: F.rms_norm(x, (WIDTH,), m.w),
@@ -72,14 +82,8 @@ CORRECTED = {
     "rms by hand": lambda m, x: (
         x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.w + 0 * m.b
     ),
-    "layer norm by hand": lambda m, x: (
-        (lambda v, mu: (x - mu) * torch.rsqrt(v + 1e-5))(
-            *torch.var_mean(x, -1, correction=0, keepdim=True)
-        ) * m.w + m.b
-    ),
-    "unbiased variance": lambda m, x: (
-        x * m.w / torch.var_mean(x + 0 * m.b, -1, keepdim=True)[0]
-    ),
+    "layer norm by hand": by_hand,
+    "unbiased variance": unbiased,
 }  # fmt: skip
 
 
