@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -93,7 +93,7 @@ def collect_report(
         latency=latency,
         fidelity=tuple(fidelity),
         fidelity_inputs=inputs_are if fidelity else "",
-        families=tuple(family_rows(families, _families_left(before, after))),
+        families=tuple(family_rows(families, before, after)),
         pins=tuple(pin_rows(families)),
         parameters=tuple(_parameter_rows(before, after)),
         dropped=tuple(before.dropped),
@@ -120,15 +120,16 @@ def program_totals(program: Program) -> Totals:
     return Totals(cost.parameters, cost.bytes, _flops(program), len(cost.nodes))
 
 
-def family_rows(families: Iterable[Any], left: Iterable[Any] | None = None) -> list[FamilyRow]:
+def family_rows(
+    families: Any, before: Program | None = None, after: Program | None = None
+) -> list[FamilyRow]:
     """Each family that owns parameters, with what is left of it; largest first.
 
     Args:
-        families: Of the program before.
-        left: Of the program after, in which the same family has the same name; None if it is the
-            same program.
+        families: The result of `ZeroInvariantGroups` for the program before.
+        before: The program before; None if nothing was done to it.
+        after: The program after.
     """
-    kept = None if left is None else {family.name: int(family.extent) for family in left}
     rows = []
     for family in families:
         if not (owned := family_parameters(family)):
@@ -138,7 +139,7 @@ def family_rows(families: Iterable[Any], left: Iterable[Any] | None = None) -> l
             FamilyRow(
                 name=family.name,
                 extent=extent,
-                kept=extent if kept is None else min(extent, kept.get(family.name, extent)),
+                kept=units_left(family, families, before, after) if before and after else extent,
                 parameters=owned,
                 exactness=str(family.exactness),
                 reasons=_reasons(family),
@@ -237,10 +238,22 @@ def _batches(
     return fitting, f"{len(fitting)} calibration batch{plural}", notes
 
 
-def _families_left(before: Program, after: Program) -> Iterable[Any] | None:
-    if not any(axes for axes in after.kept.values()) and not after.history:
-        return None
-    return cast("Iterable[Any]", program_families(after))
+def units_left(family: Any, families: Any, before: Program, after: Program) -> int:
+    """Units of a family that passes left, by the indices that they kept of its tensors."""
+    from torchlathe.passes.rewrite.units import unit_indices
+
+    nodes = before.tensor_nodes
+    for part in family.slices:
+        if part.name not in after.entries:
+            return 0  # the tensor went with everything that read it
+        kept = after.kept.get(part.name, {}).get(part.axis)
+        if kept is not None:
+            earlier = before.kept.get(part.name, {}).get(part.axis)
+            stays = kept if earlier is None else torch.isin(earlier, kept).nonzero().flatten()
+            term = families.axis_map.terms(nodes[part.name])[part.axis]
+            owner = unit_indices(term, family.atom.number)[stays]
+            return int(owner[owner >= 0].unique().numel())
+    return int(family.extent)
 
 
 def program_families(program: Program) -> Any:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from torchlathe.ir import InputError, OptionError, Program
-from torchlathe.passes.analysis.families import Families, Family, ZeroInvariantGroups
+from torchlathe.passes.analysis.families import (
+    Families,
+    Family,
+    ParameterSlice,
+    ZeroInvariantGroups,
+)
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.erase import erase_units
 from torchlathe.passes.rewrite.importance import scores
@@ -65,11 +70,16 @@ class StructuredErase(RewritePass):
         default=1, metadata={"help": "kept units per family are a multiple of this"}
     )
     include: tuple[str, ...] = field(
-        default=(), metadata={"help": "erase only families that match one of these patterns"}
+        default=(),
+        metadata={
+            "help": "erase only these: patterns of families, tensors written, or tensor:axis"
+        },
     )
     exclude: tuple[str, ...] = field(
         default=(),
-        metadata={"help": "leave families alone that match, or own a slice of a tensor that does"},
+        metadata={
+            "help": "leave these alone: patterns of families, any of their tensors, or tensor:axis"
+        },
     )
     keep_at_least: float = field(
         default=1, metadata={"help": "units to keep per family: a count, or a share if below 1"}
@@ -148,11 +158,11 @@ class StructuredErase(RewritePass):
         chosen = []
         diagnostics = []
         for family in families.prunable:
-            if self.include and not _matches(family, self.include):
+            if self.include and not _writes(family, self.include):
                 continue
-            if self.exclude and _matches(family, self.exclude):
+            if self.exclude and _owns(family, self.exclude):
                 continue
-            if isinstance(self.sparsity, Mapping) and not _matches(family, self.sparsity):
+            if isinstance(self.sparsity, Mapping) and not _writes(family, self.sparsity):
                 continue
             if family.exactness == "approximate" and not self.approximate:
                 diagnostics.append(
@@ -179,7 +189,7 @@ class StructuredErase(RewritePass):
         if isinstance(self.sparsity, Mapping):
             patterns += self.sparsity
         for pattern in patterns:
-            if not any(_matches(f, (pattern,)) for f in families):
+            if not any(_owns(f, (pattern,)) for f in families):
                 names = [f.name for f in families.prunable[:5]]
                 raise OptionError(
                     f"the pattern {pattern!r} matches no family and no tensor",
@@ -205,7 +215,7 @@ class StructuredErase(RewritePass):
         }
         if isinstance(self.sparsity, Mapping):
             shares = {
-                f: max(s for p, s in self.sparsity.items() if _matches(f, (p,))) for f in chosen
+                f: max(s for p, s in self.sparsity.items() if _writes(f, (p,))) for f in chosen
             }
             return select_by_share(scored, shares, **limits)
         if not chosen:
@@ -227,11 +237,24 @@ class StructuredErase(RewritePass):
         return units
 
 
-def _matches(family: Family, patterns: Mapping[str, Any] | tuple[str, ...]) -> bool:
-    """Whether a pattern matches the family's name, or a tensor that it owns slices of."""
-    names = {family.name, *(s.name for s in family.slices)}
-    names |= {f"{s.name}:{s.axis}" for s in family.slices}
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+def _writes(family: Family, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names the family, a tensor that it writes, or a tensor's axis."""
+    return _matches(family, family.writers, patterns)
+
+
+def _owns(family: Family, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names the family, any tensor that it owns slices of, or its axis."""
+    return _matches(family, family.slices, patterns)
+
+
+def _matches(family: Family, named: Iterable[ParameterSlice], patterns: Iterable[str]) -> bool:
+    axes = {family.name, *(f"{s.name}:{s.axis}" for s in family.slices)}
+    tensors = {s.name for s in named}
+    return any(
+        fnmatch.fnmatchcase(name, pattern)
+        for pattern in patterns
+        for name in (axes if ":" in pattern else tensors)
+    )
 
 
 def _zero_units(family: Family, families: Families, program: Program) -> torch.Tensor:
