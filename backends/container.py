@@ -11,16 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torchlathe.ir import ArtifactError
+from torchlathe.ir.files import atomic
 
 __all__ = [
     "FORMAT",
@@ -72,18 +72,11 @@ def write_container(
         ArtifactError: The file system refuses.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(draft, "x+b") as file:
+        with atomic(path) as draft, open(draft, "x+b") as file:
             _write(file, dict(manifest), members)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot write {path}: {error}") from error
-    finally:
-        with suppress(OSError):
-            os.unlink(draft)
 
 
 def _write(file: BinaryIO, manifest: dict[str, Any], members: Iterable[Member]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from torchlathe.ir import Program, SpecError
+from torchlathe.ir.files import write_text
 from torchlathe.passes.base import Pass, PassRecord
 from torchlathe.passes.options import did_you_mean
 from torchlathe.passes.registry import pass_names
@@ -103,7 +104,7 @@ class DumpIR(Instrument):
 
     def _write(self, name: str, program: Program) -> None:
         path = self.folder / f"{name}.txt"
-        path.write_text(program.to_text().rstrip() + "\n", encoding="utf-8")
+        write_text(path, program.to_text().rstrip() + "\n")
 
 
 class Timing(Instrument):

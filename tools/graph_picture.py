@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchlathe.ir.files import atomic, write_text
 from torchlathe.tools.figures import shorten
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ def save_picture(families: Any, path: Path, *, limit: int | None = 40) -> None:
     chosen = _chosen(graph, limit)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".dot":
-        path.write_text(dot_text(graph, chosen), encoding="utf-8")
+        write_text(path, dot_text(graph, chosen))
         return
-    _draw(graph, chosen, path)
+    with atomic(path) as draft:
+        _draw(graph, chosen, draft)
 
 
 def dot_text(graph: networkx.Graph[str], chosen: Sequence[str]) -> str:

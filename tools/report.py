@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchlathe.ir.files import write_text
 from torchlathe.tools.fidelity import OutputFidelity
 from torchlathe.tools.latency import Latency
 
@@ -200,7 +201,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form to a file; `load` reads it."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -252,7 +253,7 @@ class Report:
 
         text = page(self)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(path, text)
         return text
 
     def __str__(self) -> str:
