@@ -179,12 +179,13 @@ class CompiledModel(torch.nn.Module):
         program = self.program
         own = _named_tensors(model)
         # Constants and what passes added were never tensors of the module.
-        for name in {**program.zeroed, **{n: None for n in program.kept if n in own}}:
+        zeroed = {n: axes for n, axes in program.zeroed.items() if any(map(len, axes.values()))}
+        for name in {**zeroed, **{n: None for n in program.kept if n in own}}:
             _check_original(program, name, own)
         twin = copy.deepcopy(model)
         tensors = _named_tensors(twin)
         with torch.no_grad():
-            for name, axes in program.zeroed.items():
+            for name, axes in zeroed.items():
                 for axis, indices in axes.items():
                     tensors[name].index_fill_(axis, indices.to(tensors[name].device), 0)
         return twin

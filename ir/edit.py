@@ -191,12 +191,15 @@ class Edit:
             name: The tensor.
             axis: The axis that writes the erased indices.
             indices: Indices into the tensor as it is now, before `keep`; shape (erased,) int64.
+                None at all, before anything else, says that the original has no such tensor.
         """
         program = self.program
         name = program.aliases.get(name, name)
         kept = program.kept.get(name, {}).get(axis)
         original = indices if kept is None else kept[indices]
         record = program.zeroed.setdefault(name, {})
+        if record and not any(map(len, record.values())):
+            return
         if axis in record:
             original = torch.cat([record[axis], original]).unique()
         record[axis] = original
@@ -209,8 +212,7 @@ class Edit:
             return
         program = self.program
         self._drop_dead()
-        mode = program.fake_mode
-        values = FakeValues(mode)
+        values = FakeValues(program.fake_mode)
         for node in program.graph.nodes:
             if node.op != "call_function":
                 continue
@@ -222,7 +224,7 @@ class Edit:
                 node.meta["val"] = value
                 node.meta.pop("tensor_meta", None)
                 continue
-            value = fake_run(node, mode)
+            value = values.run(node)
             if "val" not in node.meta or not same_value(node.meta["val"], value):
                 node.meta["val"] = value
                 node.meta.pop("tensor_meta", None)

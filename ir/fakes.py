@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FakeValues", "fake_run", "same_value"]
 
+# Ops whose results have sizes, or values, that depend on data.
+_BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
 
 def fake_run(node: fx.Node, mode: Any) -> Any:
     """Run one ``call_function`` node on the fake values of its inputs.
@@ -78,6 +81,32 @@ class FakeValues:
     def __init__(self, mode: FakeTensorMode) -> None:
         self._mode = mode
         self._made: dict[Any, torch.Tensor] = {}
+        self._runs: dict[Any, Any] = {}
+        self._alive: list[Any] = []
+
+    def run(self, node: fx.Node) -> Any:
+        """As `fake_run`, once for all nodes that call the same op on the same fake values.
+
+        The layers of a model repeat each other, and so do the nodes that a rewrite adds to them.
+        """
+        key = self._call_key(node)
+        if key is None:
+            return fake_run(node, self._mode)
+        if key not in self._runs:
+            self._runs[key] = fake_run(node, self._mode)
+        return self._runs[key]
+
+    def _call_key(self, node: fx.Node) -> Any:
+        tags = getattr(node.target, "tags", None)
+        if tags is None or any(tag in tags for tag in _BY_DATA):
+            return None  # every call has sizes of its own, or it is no op of torch's
+
+        def identity(used: fx.Node) -> str:
+            value = used.meta["val"]
+            self._alive.append(value)  # an id is one only while its object lives
+            return f"<{id(value)}>"
+
+        return node.target, repr(fx.map_arg((node.args, node.kwargs), identity))
 
     def resized(self, value: Any, shapes: Sequence[Sequence[Any]]) -> Any:
         """Fake values like these in other shapes; None where their strides have no simple order.

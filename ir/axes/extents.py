@@ -51,6 +51,11 @@ def divide(a: Any, b: Any) -> Any:
         return None
     import sympy
 
+    if isinstance(b, int):
+        # By far the most common case, and cancelling polynomials takes milliseconds.
+        count, rest = sympy.sympify(a).as_coeff_Mul()
+        if not rest.is_Add:
+            return rest * (count / b) if count.is_Integer and count % b == 0 else None
     quotient = sympy.cancel(sympy.sympify(a) / b)
     if quotient.is_Integer:
         return int(quotient)

@@ -243,7 +243,7 @@ class _Finder:
         for number, found in places.items():
             atom = atoms[number]
             owned = {self.program.entries[name].kind for name, _, _ in found}
-            if isinstance(atom.extent, int) and TensorKind.PARAMETER in owned:
+            if isinstance(atom.extent, int) and atom.extent and TensorKind.PARAMETER in owned:
                 yield self._family(atom, found)
 
     def _family(self, atom: Atom, places: list[tuple[str, int, Term]]) -> Family:
@@ -292,7 +292,8 @@ class _Finder:
         if not any(s.writes for s in slices):
             return None, slices
         flow = self._run(atom, slices)
-        buffers = [s for s in slices if s.kind is not TensorKind.PARAMETER]
+        # Not constants: the caller's module has no name under which to zero them.
+        buffers = [s for s in slices if s.kind is TensorKind.BUFFER]
         if not flow.losses or not buffers:
             return flow, slices
         # For instance a table of positions that is added to a residual stream.

@@ -77,9 +77,10 @@ def fold_into_bias(node: fx.Node, delta: torch.Tensor, resize: Resize) -> None:
     value = delta.to(like.device)
     if name is not None:
         value = value + entries[name].tensor.detach().to(torch.float64)
-    new = edit.add_tensor(
-        _free_name(edit.program, weight), value.to(like.dtype), TensorKind.PARAMETER
-    )
+    new_name = _free_name(edit.program, weight)
+    new = edit.add_tensor(new_name, value.to(like.dtype), TensorKind.PARAMETER)
+    # What it adds is zero with the weight's rows, and the original has no such tensor to zero.
+    edit.record_zeroed(new_name, 0, torch.zeros(0, dtype=torch.int64))
     if isinstance(bias, fx.Node) and name is None:
         # A computed bias keeps its part of the sum.
         new = edit.call(torch.ops.aten.add.Tensor, (bias, new), like=bias, before=node)

@@ -126,6 +126,7 @@ class _Norms:
         self.axis_map = families.axis_map
         self.nodes = program.tensor_nodes
         self._cache: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._matrices: dict[tuple[str, int], torch.Tensor] = {}
 
     def of(self, family: Family, order: int) -> torch.Tensor:
         """Mean absolute value, or root mean square, of what each unit owns."""
@@ -149,12 +150,26 @@ class _Norms:
         """Per index of an axis, the sum of squares (or absolute values); shape (extent,)."""
         key = (name, axis, order)
         if key not in self._cache:
-            tensor = self.program.entries[name].tensor.detach()
+            tensor = self._tensor(name, order, kernels=axis > 1)
             others = [d for d in range(tensor.dim()) if d != axis]
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor = tensor.float()
-            # A vector norm needs no temporary of the tensor's size.
             norm = torch.linalg.vector_norm(tensor, order, dim=others) if others else tensor.abs()
             norm = norm.to("cpu", torch.float64)
             self._cache[key] = norm.square() if order == 2 else norm
         return self._cache[key]
+
+    def _tensor(self, name: str, order: int, *, kernels: bool) -> torch.Tensor:
+        """A tensor, or a matrix with the norms of its kernels.
+
+        Both channel axes of a convolution are reduced from the matrix, so that the tensor, which
+        is many times larger, is read once. A vector norm needs no temporary of its size.
+        """
+        tensor = self.program.entries[name].tensor.detach()
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        if kernels or tensor.dim() < 3:
+            return tensor
+        key = (name, order)
+        if key not in self._matrices:
+            dims = list(range(2, tensor.dim()))
+            self._matrices[key] = torch.linalg.vector_norm(tensor, order, dim=dims)
+        return self._matrices[key]

@@ -110,7 +110,7 @@ class StructuredErase(RewritePass):
         if self.round_to < 1:
             raise OptionError(f"round_to is {self.round_to}, but must be at least 1")
         least = self.keep_at_least
-        if not least > 0 or (least >= 1 and least != int(least)):
+        if not least > 0 or (least >= 1 and least % 1 != 0):
             raise OptionError(
                 f"keep_at_least is {least}, but must be a share between 0 and 1, or a whole number"
             )

@@ -3,8 +3,9 @@
 For each model: time of the capture (apart), of the analysis, of analysis plus erase at half size,
 and of these by the pass manager, without and with its verifying; interleaved with Torch-Pruning's
 graph plus prune on the same machine; the peak memory of compile in a process of its own; and, with
-``--coverage``, which models each of the two copes with when it is told nothing. Correctness first: nothing is timed that gives wrong outputs.
-Source: own.
+``--coverage``, which models each of the two copes with when it is told nothing.
+
+Correctness first: nothing is timed that gives wrong outputs. Source: own.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from torchlathe.ir.axes.extents import divide
+from torchlathe.ir.axes.extents import divide, same
 from torchlathe.ir.axes.rule import (
     UNKNOWN,
     ZERO,
@@ -22,6 +22,7 @@ from torchlathe.ir.axes.rule import (
 )
 from torchlathe.ir.axes.rules.reduction import correct_means
 from torchlathe.ir.axes.terms import ONE, Term
+from torchlathe.ir.extents import expression
 from torchlathe.ir.provenance import info
 
 if TYPE_CHECKING:
@@ -131,6 +132,9 @@ class LayerNorm(Rule):
 
         # The fused op computes in float32 for half-precision inputs, and so does this.
         wide = call(aten.to.dtype, x, torch.float32) if low else x
+        if not _same_strides(x, node):
+            # The fused op gives contiguous results, which a view behind it may rely on.
+            wide = call(aten.contiguous.default, wide)
         dims = list(range(-count, 0))
         moments = call(aten.var_mean.correction, wide, dims, correction=0, keepdim=True)
         var, mean = call(operator.getitem, moments, 0), call(operator.getitem, moments, 1)
@@ -144,6 +148,11 @@ class LayerNorm(Rule):
             result = call(aten.to.dtype, result, dtype)
         correct_means(moments, share, resize, "var_mean")
         edit.replace(node, result)
+
+
+def _same_strides(a: fx.Node, b: fx.Node) -> bool:
+    strides = zip(a.meta["val"].stride(), b.meta["val"].stride(), strict=True)
+    return all(same(expression(p), expression(q)) for p, q in strides)
 
 
 class RMSNorm(LayerNorm):

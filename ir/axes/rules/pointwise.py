@@ -44,7 +44,8 @@ class Pointwise(Rule):
         source = node.args[0]
         if self.zero == "identity":
             assert isinstance(source, fx.Node)
-            return tuple(flow.value(source, axis) for axis in range(rank))
+            dtype = node.meta["val"].dtype
+            return tuple(_cast(flow.value(source, axis), dtype) for axis in range(rank))
         out: list[Value | None] = []
         for axis in range(rank):
             if not flow.on(node, axis):
@@ -76,6 +77,13 @@ class Pointwise(Rule):
         if len(known) < len(values):
             return UNKNOWN  # an operand that does not carry the atom may hold anything
         return evaluate(node, {n: v for n, v in values.items() if v is not None})
+
+
+def _cast(value: Value | None, dtype: torch.dtype) -> Value | None:
+    """What a constant is in another dtype: one half is 0 as an integer, and 1 as a bool."""
+    if value is None or not value.constant or dtype.is_floating_point or dtype.is_complex:
+        return value
+    return Value(float(torch.tensor(value.constant, dtype=torch.float64).to(dtype)))
 
 
 def evaluate(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
