@@ -66,6 +66,11 @@ def capture(
             f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}",
             hint="wrap a function into a module with a forward method",
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"{type(model).__name__} holds TorchScript, which torch.export cannot capture",
+            hint="give the nn.Module that it was made from",
+        )
     if dynamic_shapes == "auto":
         args, kwargs, dynamic_shapes = _mark_batch(model, args, kwargs)
     elif isinstance(dynamic_shapes, str):

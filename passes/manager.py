@@ -82,6 +82,11 @@ class PassManager:
         reproducer_dir: str | Path | None = None,
         save_program: SaveProgram | None = None,
     ) -> None:
+        if not isinstance(passes, str | Pass | type | Iterable):
+            raise OptionError(
+                f"passes must be text, a pass or a sequence of them, got {passes!r}",
+                hint="() or an empty text for none",
+            )
         given = [passes] if isinstance(passes, str | Pass | type) else list(passes)
         self.passes: tuple[Pass, ...] = tuple(item for one in given for item in _resolve(one))
         self.level = _level(verify)

@@ -80,6 +80,11 @@ def compile(
         save_program=_save_program,
     )
     get_backend(backend)
+    if not (calibration is None or hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+        raise InputError(
+            f"calibration must be batches, got {type(calibration).__name__}",
+            hint="a list of batches, or a data loader",
+        )
     if isinstance(calibration, Iterator):
         calibration = list(calibration)
     with _progress(progress) as say:
@@ -181,12 +186,27 @@ def _original(model: Any, before: Program) -> Iterator[Callable[..., Any]]:
     """The original as something to call, in eval mode for the time being."""
     if isinstance(model, torch.nn.Module):
         with eval_mode(model):
-            yield model
+            yield _checked(model)
     elif isinstance(model, Program):
         # Not before.run: node by node it would be slower than any model is.
         yield CompiledModel(before)
     else:
         yield model.module()
+
+
+def _checked(model: torch.nn.Module) -> Callable[..., Any]:
+    """The model, where export takes what it does not: its fake tensors do not compare dtypes."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:
+            raise InputError(
+                f"the model does not run on what it is measured on: {type(error).__name__}: {error}",
+                hint="check shapes, dtypes and devices of example_inputs and calibration",
+            ) from error
+
+    return run
 
 
 def _save_program(program: Program, path: Path) -> None:

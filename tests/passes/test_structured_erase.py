@@ -350,7 +350,7 @@ def test_impossible_options(options: dict[str, Any], words: str) -> None:
         ),
         ({"importance": lambda family, program: None}, "enter.weight:0"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_options_that_do_not_fit_the_model(
     mlp: Program, options: dict[str, Any], words: str

@@ -168,16 +168,29 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def measure_memory(name: str) -> dict[str, Any]:
-    """Peak memory of compile, in a new process.
+    """Peak memory of compile, and of one forward pass, each in a new process.
 
     Units: bytes.
     """
-    command = [sys.executable, "-m", "torchlathe.tools.bench.bench_erase", "--memory-of", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result: dict[str, Any] = {}
+    for what in ("--memory-of", "--forward-of"):
+        command = [sys.executable, "-m", "torchlathe.tools.bench.bench_erase", what, name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        result.update(json.loads(done.stdout.strip().splitlines()[-1]))
     return result
+
+
+def _forward_of(case: Case) -> dict[str, Any]:
+    """What one forward pass of the original takes at its peak, in this process."""
+    args, kwargs = case.inputs()
+    model = case.build().eval()
+    before = _resident()
+    _reset_peak()
+    with torch.no_grad():
+        model(*args, **kwargs)
+    return {"forward_bytes": _peak() - before}
 
 
 def _memory_of(case: Case) -> dict[str, Any]:
@@ -196,10 +209,6 @@ def _memory_of(case: Case) -> dict[str, Any]:
     model = case.build().eval()
     loaded = _resident()
     _reset_peak()
-    with torch.no_grad():
-        model(*args, **kwargs)
-    forward = _peak() - loaded
-    _reset_peak()
     compiled = _compile(torchlathe, model, args, kwargs, case.dynamic_shapes)
     peak = _peak()
     model_bytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
@@ -208,7 +217,6 @@ def _memory_of(case: Case) -> dict[str, Any]:
         "model_bytes": model_bytes,
         "erased_bytes": erased_bytes,
         "model_resident_bytes": loaded - before,
-        "forward_bytes": forward,
         "peak_bytes": peak - before,
         "ratio": (peak - before) / (model_bytes + erased_bytes),
     }
@@ -410,6 +418,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=90, help="seconds for each such try")
     parser.add_argument("--json", type=Path, help=f"where to write (default {RESULTS.name})")
     parser.add_argument("--memory-of", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--forward-of", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--attempt", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.rounds < 1:
@@ -424,8 +433,9 @@ def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
     define_torchvision_ops()
     torch.set_num_threads(options.threads)
-    if options.memory_of:
-        sys.stdout.write(json.dumps(_memory_of(CASES[options.memory_of])) + "\n")
+    if name := options.memory_of or options.forward_of:
+        measure = _memory_of if options.memory_of else _forward_of
+        sys.stdout.write(json.dumps(measure(CASES[name])) + "\n")
         return 0
     if options.attempt:
         name, who = options.attempt
