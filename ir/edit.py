@@ -32,6 +32,18 @@ def _select(tensor: torch.Tensor, axis: int, indices: torch.Tensor) -> torch.Ten
     return tensor.index_select(axis, indices.to(tensor.device))
 
 
+def _dense_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Without gaps, and with the axes in memory in the order that another tensor has them."""
+    layout = suggest_memory_format(like)
+    if like.is_contiguous(memory_format=layout):
+        return tensor.contiguous(memory_format=layout)
+    # A view of a transposed parameter relies on its order.
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda axis: -strides[axis])
+    back = sorted(range(like.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(back)
+
+
 class Edit:
     """Changes to one program, applied together when the ``with`` block ends.
 
@@ -181,8 +193,7 @@ class Edit:
             tensor = _select(tensor, axis, indices)
             before = record.get(axis)
             record[axis] = indices if before is None else before[indices]
-        layout = suggest_memory_format(program.entries[name].tensor)
-        self.set_tensor(name, tensor.contiguous(memory_format=layout))
+        self.set_tensor(name, _dense_like(tensor, program.entries[name].tensor))
 
     def record_zeroed(self, name: str, axis: int, indices: torch.Tensor) -> None:
         """Note that an equal full-size model has zeros at these indices of a tensor's axis.

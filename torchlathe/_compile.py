@@ -80,7 +80,11 @@ def compile(
         save_program=_save_program,
     )
     get_backend(backend)
-    if not (calibration is None or hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+    if not (
+        calibration is None
+        or hasattr(calibration, "__iter__")
+        or hasattr(calibration, "__getitem__")
+    ):
         raise InputError(
             f"calibration must be batches, got {type(calibration).__name__}",
             hint="a list of batches, or a data loader",
@@ -202,7 +206,8 @@ def _checked(model: torch.nn.Module) -> Callable[..., Any]:
             return model(*args, **kwargs)
         except Exception as error:
             raise InputError(
-                f"the model does not run on what it is measured on: {type(error).__name__}: {error}",
+                "the model does not run on what it is measured on: "
+                f"{type(error).__name__}: {error}",
                 hint="check shapes, dtypes and devices of example_inputs and calibration",
             ) from error
 

@@ -35,7 +35,7 @@ def test_one_case_is_measured() -> None:
         ),
         lambda: ((torch.randn(2, 6),), {}),
         ({0: torch.export.Dim.DYNAMIC},),
-        lambda model: {"ignored_layers": [model[2]]},
+        lambda model: {"ignored_layers": [model.get_submodule("2")]},
     )
     row = bench_erase.measure_case(case, rounds=2)
     json.dumps(row)

@@ -27,6 +27,7 @@ from tests.zoo.oracle import (
     same_tensors,
     zeroed_twin,
 )
+from torchlathe.ir import capture
 from torchlathe.ir.verifying import verify
 from torchlathe.passes import PassManager, StructuredErase, ZeroInvariantGroups
 
@@ -170,6 +171,26 @@ def test_compile(zoo: ZooModel) -> None:
         inputs = zoo.example(which)
         error = relative_error(outputs(compiled, inputs), outputs(reference, inputs))
         assert error <= F32_LIMIT, f"{error:.2e} at size {which}"
+
+
+@pytest.mark.parametrize(
+    "name", ["residual_cnn", "dense_block", "rms_norm_mlp", "gqa_rotary", "fused_qkv_unbind"]
+)
+def test_zeros_finds_what_was_zeroed(name: str) -> None:
+    """A model with zeros in it, erased by ``zeros=true``, is the model erased by magnitude."""
+    case = captured(MODELS[name])
+    after = PassManager("structured-erase{sparsity=0.4}").run(case.program)
+    twin = zeroed_twin(case.model, after.zeroed)
+    args, kwargs = case.inputs(0)
+    program = capture(twin, args, kwargs, dynamic_shapes=case.zoo.dynamic_shapes)
+    found = PassManager("structured-erase{zeros=true}", verify="full").run(program)
+    kept = {n: {a: i.tolist() for a, i in axes.items()} for n, axes in after.kept.items()}
+    assert {n: {a: i.tolist() for a, i in axes.items()} for n, axes in found.kept.items()} == kept
+    again = PassManager("structured-erase{zeros=true}").run(found)
+    assert not again.history[-1].changed
+    for which in case.shapes:
+        inputs = case.inputs(which)
+        assert relative_error(outputs(found.run, inputs), outputs(twin, inputs)) <= F64_LIMIT
 
 
 @pytest.mark.parametrize("name", ["residual_cnn", "gqa_rotary", "fused_qkv_unbind"])
