@@ -29,8 +29,14 @@ def _table() -> Mapping[str, Rule]:
     from torchlathe.ir.axes.rules.contraction import Convolution, Einsum, MatMul, Signature
     from torchlathe.ir.axes.rules.creation import Filled, FilledLike, Numbered
     from torchlathe.ir.axes.rules.embedding import Embedding
-    from torchlathe.ir.axes.rules.normalization import BatchNorm, GroupNorm, LayerNorm, RMSNorm
-    from torchlathe.ir.axes.rules.pointwise import Pointwise
+    from torchlathe.ir.axes.rules.normalization import (
+        BatchNorm,
+        GroupNorm,
+        InstanceNorm,
+        LayerNorm,
+        RMSNorm,
+    )
+    from torchlathe.ir.axes.rules.pointwise import Pointwise, PReLU
     from torchlathe.ir.axes.rules.reduction import AlongAxis, Reduce
     from torchlathe.ir.axes.rules.shaping import (
         Expand,
@@ -43,7 +49,9 @@ def _table() -> Mapping[str, Rule]:
     )
     from torchlathe.ir.axes.rules.slicing import (
         Cat,
+        GatedHalves,
         Index,
+        Narrow,
         Pad,
         PinnedAxis,
         Select,
@@ -75,6 +83,7 @@ def _table() -> Mapping[str, Rule]:
             "masked_fill lerp addcmul addcdiv nan_to_num rad2deg deg2rad logit sgn "
             "max.other min.other",
         ),
+        (PReLU(), "prelu"),
         # -- contractions
         (Signature("input[*b, i] * weight[o, i] + bias[o] -> [*b, o]", "bias"), "linear"),
         (Signature("self[n, k] * mat2[k, m] -> [n, m]"), "mm"),
@@ -97,14 +106,19 @@ def _table() -> Mapping[str, Rule]:
             BatchNorm(),
             "batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update",
         ),
+        (InstanceNorm(), "instance_norm"),
         (GroupNorm(), "group_norm"),
         # -- reductions
         (Reduce("sum"), "sum norm linalg_vector_norm"),
         (Reduce("mean"), "mean"),
         (Reduce("var_mean"), "var_mean"),
         (
+            Reduce("extremum"),
+            "amax amin max min median mode",
+        ),
+        (
             Reduce("other"),
-            "amax amin max min argmax argmin any all prod var std std_mean logsumexp median mode",
+            "argmax argmin any all prod var std std_mean logsumexp",
         ),
         (AlongAxis(), "softmax _softmax log_softmax _log_softmax cummax cummin cumprod"),
         (AlongAxis(linear=True), "cumsum"),
@@ -126,6 +140,8 @@ def _table() -> Mapping[str, Rule]:
         (RepeatInterleave(), "repeat_interleave"),
         # -- cutting and joining
         (Slice(), "slice"),
+        (Narrow(), "narrow"),
+        (GatedHalves(), "glu"),
         (Select(), "select"),
         (Split(), "split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_chunk"),
         (Cat(), "cat concat concatenate"),

@@ -72,9 +72,20 @@ def erase_units(
                 assert rule is not None, node
                 edit.set_shape(node, resize.shapes(node))
                 rule.resize(node, resize)
+        _allow_other_strides(program)
         for node, delta in folded.items():
             fold_into_bias(node, delta, resize)
     return _reference(zeroed)
+
+
+def _allow_other_strides(program: Program) -> None:
+    """Let every view be a reshape, which is the same where strides are as they were.
+
+    Ops such as attention choose the memory order of their result by the sizes, and a view of
+    erased sizes may then ask for a copy. In a functional graph the two mean the same.
+    """
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _mask(family: Family, indices: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torchlathe.ir.axes.inference import Inference
     from torchlathe.ir.axes.resize import Resize
 
-__all__ = ["BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 aten = torch.ops.aten
 
@@ -132,7 +132,7 @@ class LayerNorm(Rule):
 
         # The fused op computes in float32 for half-precision inputs, and so does this.
         wide = call(aten.to.dtype, x, torch.float32) if low else x
-        if not _same_strides(x, node):
+        if not _same_strides(edit.stands_for.get(x, x), node):
             # The fused op gives contiguous results, which a view behind it may rely on.
             wide = call(aten.contiguous.default, wide)
         dims = list(range(-count, 0))
@@ -212,6 +212,33 @@ class BatchNorm(Rule):
         unknown = flow.unknown(node)
         assert isinstance(unknown, list)
         return [tuple(row), *unknown[1:]]
+
+
+class InstanceNorm(BatchNorm):
+    """``instance_norm``: each channel by its own statistics over the positions."""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """As batch norm, with positions that must all stay."""
+        terms = super().infer(node, ax)
+        ax.pin_all(ax.terms(node.args[0])[2:], "instance norm takes its statistics over it")
+        return terms
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """A channel of zeros normalises to zeros by its own statistics."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        own = bool(argument(node, "use_input_stats"))
+        row: list[Value | None] = []
+        for axis in range(flow.rank(source)):
+            value = flow.value(source, axis)
+            if value is None:
+                row.append(None)
+            elif axis == 1:
+                plain = ZERO if own and value.is_zero else UNKNOWN
+                row.append(affine_value(node, flow, 0, normalised=plain))
+            else:
+                row.append(UNKNOWN)
+        return tuple(row)
 
 
 class GroupNorm(Rule):

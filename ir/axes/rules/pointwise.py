@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import fx
 
+from torchlathe.ir.axes.inference import is_one
 from torchlathe.ir.axes.rule import SINGULAR, UNKNOWN, ZERO, Rule, Terms, Value, Values
 
 if TYPE_CHECKING:
     from torchlathe.ir.axes.flow import Flow
     from torchlathe.ir.axes.inference import Inference
 
-__all__ = ["Pointwise", "evaluate"]
+__all__ = ["PReLU", "Pointwise", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,22 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     except Exception:
         return UNKNOWN
     return Value(result) if math.isfinite(result) else SINGULAR
+
+
+class PReLU(Rule):
+    """``prelu``: one slope per channel (axis 1), or one for all."""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """The slopes have the channels' term."""
+        terms = ax.terms(node.args[0])
+        slopes = ax.terms(node.args[1])
+        if slopes and not is_one(slopes[0]):
+            ax.unify(terms[1 if len(terms) > 1 else 0], slopes[0])
+        return terms
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """Zero stays zero whatever the slope."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        values = [flow.value(source, axis) for axis in range(flow.rank(node))]
+        return tuple(v if v is None or v.is_zero else UNKNOWN for v in values)

@@ -40,11 +40,12 @@ class Reduce(Rule):
     """A reduction over some axes, with one or several results.
 
     Attributes:
-        kind: "sum" ignores zeros; "mean" and "var_mean" are made up for by their divisor; with
-            "other" leaving out even zeros changes the result.
+        kind: "sum" ignores zeros; "mean" and "var_mean" are made up for by a divisor; with
+            "extremum" and "other" leaving out even zeros changes the result. Along other axes, sums,
+            means and the values of extrema of zeros are zero.
     """
 
-    kind: Literal["sum", "mean", "var_mean", "other"] = "other"
+    kind: Literal["sum", "mean", "var_mean", "extremum", "other"] = "other"
 
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """The axes that stay, with `ONE` where ``keepdim`` asks for it."""
@@ -75,12 +76,15 @@ class Reduce(Rule):
             if value is not None:
                 self._lost(node, value, flow)
         kept = [v for a in range(rank) if a not in reduced and (v := flow.value(source, a))]
-        passed = ZERO if self.kind in ("sum", "mean") and all(v.is_zero for v in kept) else UNKNOWN
+        keeps = self.kind in ("sum", "mean", "extremum") and all(v.is_zero for v in kept)
+        passed = ZERO if keeps else UNKNOWN
         if self.kind == "mean" and len(kept) == 1:
             passed = kept[0]
+        number = flow.atom.number
         rows = [
-            tuple(passed if flow.atom.number in axis else None for axis in row)
-            for row in flow.index.results(node)
+            # Only the first result has values; those of the others are positions.
+            tuple((UNKNOWN if place else passed) if number in axis else None for axis in row)
+            for place, row in enumerate(flow.index.results(node))
         ]
         return rows if isinstance(node.meta["val"], list | tuple) else rows[0]
 
@@ -97,7 +101,7 @@ class Reduce(Rule):
             flow.lose(node, "how many elements the variance is over is dynamic")
         elif self.kind in ("mean", "var_mean"):
             flow.correct(node, "the mean still counts the erased zeros")
-        elif self.kind == "other":
+        elif self.kind in ("extremum", "other"):
             flow.lose(node, "even zeros take part in this reduction")
 
     def resize(self, node: fx.Node, resize: Resize) -> None:

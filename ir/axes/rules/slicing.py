@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from torchlathe.ir.axes.inference import Inference
     from torchlathe.ir.axes.resize import Resize
 
-__all__ = ["Cat", "GetItem", "Index", "Pad", "PinnedAxis", "Select", "Slice", "Split", "Stack"]
+__all__ = [
+    "Cat",
+    "GatedHalves",
+    "GetItem",
+    "Index",
+    "Narrow",
+    "Pad",
+    "PinnedAxis",
+    "Select",
+    "Slice",
+    "Split",
+    "Stack",
+]
 
 _SPLIT = torch.ops.aten.split_with_sizes.default
 
@@ -86,7 +98,44 @@ class Slice(Structural):
         bounds = self._bounds(node, term)
         assert bounds is not None, "a touched axis is static"
         start, end = (resize.position(term, b) for b in bounds)
-        resize.edit.set_args(node, *with_arguments(node, {"start": start, "end": end}))
+        resize.edit.set_args(node, *with_arguments(node, self._moved(node, start, end)))
+
+    def _moved(self, node: fx.Node, start: int, end: int) -> dict[str, int]:
+        """New bounds as arguments."""
+        return {"start": start, "end": end}
+
+
+class Narrow(Slice):
+    """``narrow``: a slice by its start and length."""
+
+    @staticmethod
+    def _bounds(node: fx.Node, term: Term) -> tuple[int, int] | None:
+        start, length = argument(node, "start"), argument(node, "length")
+        extent = term.extent
+        if not (isinstance(start, int) and isinstance(length, int) and is_static(extent)):
+            return None
+        start = start + extent if start < 0 else start
+        return start, start + length
+
+    def _moved(self, node: fx.Node, start: int, end: int) -> dict[str, int]:
+        return {"start": start, "length": end - start}
+
+
+class GatedHalves(Structural):
+    """``glu``: the first half of an axis times the sigmoid of the second."""
+
+    def infer(self, node: fx.Node, ax: Inference) -> Terms:
+        """The halves are the same indices, once as values and once as gates."""
+        terms = list(ax.terms(node.args[0]))
+        dim = argument(node, "dim", -1) % len(terms)
+        half = divide(terms[dim].extent, 2)
+        values, gates = ax.cut(terms[dim], half)
+        terms[dim] = ax.unify(values, gates)
+        return tuple(terms)
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """A value of zero stays zero whatever its gate."""
+        return zeros_or_unknown(node, flow)
 
 
 class Select(Structural):
