@@ -175,8 +175,18 @@ class CompiledModel(torch.nn.Module):
 
         Raises:
             InputError: This is not the module that was compiled, or it was changed since.
+            UnsupportedError: A pass gave tensors other values than the module has.
         """
         program = self.program
+        if program.rewritten:
+            names = sorted(program.rewritten)
+            raise UnsupportedError(
+                f"passes gave new values to {', '.join(names[:4])}"
+                + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                + ", so that no copy of the original with zeros equals this model",
+                hint="compile with these passes first, and erase from a capture of the result; "
+                "then that result is the original",
+            )
         own = _named_tensors(model)
         # Constants and what passes added were never tensors of the module.
         zeroed = {n: axes for n, axes in program.zeroed.items() if any(map(len, axes.values()))}

@@ -100,6 +100,7 @@ class _Writer:
             "carried": [self._entry(n, e, None) for n, e in program.carried.items()],
             "aliases": [list(pair) for pair in program.aliases.items()],
             "dropped": list(program.dropped),
+            "rewritten": sorted(program.rewritten),
             "inputs": [
                 self._input(n, leaf, i)
                 for i, (n, leaf) in enumerate(zip(program.input_nodes, self._leaves, strict=True))

@@ -117,6 +117,7 @@ class _Reader:
             range_constraints=self.ranges,
             model_name=model,
         )
+        program.rewritten = frozenset(self._text(name) for name in self.data["rewritten"])
         program.kept = self._index_table(self.data["kept"])
         program.zeroed = self._index_table(self.data["zeroed"])
         program.history = [dict(record) for record in self.data["history"]]

@@ -141,14 +141,23 @@ class Edit:
 
     # -- tensors ---------------------------------------------------------------------------
 
-    def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Replace a tensor's value; shape and dtype may change. Tied names follow."""
+    def set_tensor(self, name: str, tensor: torch.Tensor, *, rewrites: bool = True) -> None:
+        """Replace a tensor's value; shape and dtype may change. Tied names follow.
+
+        Args:
+            name: The tensor.
+            tensor: Its new value.
+            rewrites: Whether a zeroed copy of the original stops being the program's equal by
+                this; False for what only makes up for erased slices.
+        """
         name = self.program.aliases.get(name, name)
         entry = self.program.entries[name]
         if isinstance(entry.tensor, torch.nn.Parameter):
             # Only floating tensors have gradients; a quantised parameter has none.
             trains = entry.tensor.requires_grad and tensor.is_floating_point()
             tensor = torch.nn.Parameter(tensor.detach(), requires_grad=trains)
+        if rewrites:
+            self.program.rewritten |= {name}
         self.program.entries[name] = replace(entry, tensor=tensor)
         node = self._tensor_nodes[name]
         node.meta["val"] = self._fake(tensor)
@@ -193,7 +202,8 @@ class Edit:
             tensor = _select(tensor, axis, indices)
             before = record.get(axis)
             record[axis] = indices if before is None else before[indices]
-        self.set_tensor(name, _dense_like(tensor, program.entries[name].tensor))
+        kept = _dense_like(tensor, program.entries[name].tensor)
+        self.set_tensor(name, kept, rewrites=False)
 
     def record_zeroed(self, name: str, axis: int, indices: torch.Tensor) -> None:
         """Note that an equal full-size model has zeros at these indices of a tensor's axis.

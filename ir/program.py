@@ -84,6 +84,7 @@ class Program:
         kept: Per tensor and axis, the original indices that are left (absent: all).
         zeroed: Per tensor and axis, the original indices whose slices an equal full-size model
             has at zero.
+        rewritten: Tensors that passes gave other values than the model has, or added.
         history: One record per pass that ran (JSON-able dataclasses, made by the pass manager).
         model_name: Class name of the captured module.
     """
@@ -113,6 +114,7 @@ class Program:
         self.range_constraints = dict(range_constraints or {})
         self.kept: dict[str, dict[int, torch.Tensor]] = {}
         self.zeroed: dict[str, dict[int, torch.Tensor]] = {}
+        self.rewritten: frozenset[str] = frozenset()
         self.history: list[Any] = []
         self.model_name = model_name
         self.version = 0
@@ -309,6 +311,7 @@ class Program:
         )
         other.kept = {name: dict(axes) for name, axes in self.kept.items()}
         other.zeroed = {name: dict(axes) for name, axes in self.zeroed.items()}
+        other.rewritten = self.rewritten
         other.history = list(self.history)
         other.version = self.version
         return other
@@ -327,6 +330,7 @@ class Program:
         self.model_name = other.model_name
         self.kept = {name: dict(axes) for name, axes in other.kept.items()}
         self.zeroed = {name: dict(axes) for name, axes in other.zeroed.items()}
+        self.rewritten = other.rewritten
         self.history = list(other.history)
         # Results of analyses hold nodes, and the nodes of a copy are other objects.
         self._analyses = {}

@@ -72,7 +72,8 @@ def fold_into_bias(node: fx.Node, delta: torch.Tensor, resize: Resize) -> None:
     name = info(bias).tensor if isinstance(bias, fx.Node) else None
     if isinstance(bias, fx.Node) and name is not None and len(bias.users) == 1:
         old = entries[name].tensor
-        edit.set_tensor(name, (old.detach().to(torch.float64) + delta.to(old.device)).to(old.dtype))
+        new_bias = (old.detach().to(torch.float64) + delta.to(old.device)).to(old.dtype)
+        edit.set_tensor(name, new_bias, rewrites=False)
         return
     value = delta.to(like.device)
     if name is not None:

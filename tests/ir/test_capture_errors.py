@@ -180,7 +180,9 @@ def test_control_flow_names_its_line():
     assert "test_capture_errors.py" in error.where
 
 
-@pytest.mark.parametrize("model", [torch.relu, "resnet50", nn.Linear], ids=["function", "text", "class"])
+@pytest.mark.parametrize(
+    "model", [torch.relu, "resnet50", nn.Linear], ids=["function", "text", "class"]
+)
 def test_something_else_than_a_module(model):
     error = error_of(InputError, model, R(3))
     assert "expected an nn.Module or an ExportedProgram" in error.message

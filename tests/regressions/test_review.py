@@ -176,3 +176,16 @@ def test_refusals_are_errors_of_the_package() -> None:
         with pytest.raises(tl.Error, match=error):
             call()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_no_zeroed_twin_of_a_model_with_rewritten_values() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 4)
+    program = tl.capture(model, x)
+    with program.edit() as edit:
+        edit.set_tensor("0.weight", program.tensor("0.weight").detach() * 2)
+    compiled = tl.compile(program, "structured-erase", measure_latency=False)
+    with pytest.raises(tl.Error, match=r"new values to 0\.weight"):
+        compiled.zeroed_reference(model)
+    again = tl.compile(tl.capture(compiled, x), "structured-erase", measure_latency=False)
+    torch.testing.assert_close(again(x), again.zeroed_reference(compiled)(x))

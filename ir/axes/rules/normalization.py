@@ -175,7 +175,8 @@ class RMSNorm(LayerNorm):
         factor = share**-0.5
         name = info(weight).tensor if isinstance(weight, fx.Node) else None
         if name is not None and len(weight.users) == 1:
-            edit.set_tensor(name, edit.program.entries[name].tensor.detach() * factor)
+            scaled = edit.program.entries[name].tensor.detach() * factor
+            edit.set_tensor(name, scaled, rewrites=False)
             return
         edit.replace(node, edit.call(aten.mul.Tensor, (node, factor), like=node))
 

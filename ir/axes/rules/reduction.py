@@ -41,8 +41,8 @@ class Reduce(Rule):
 
     Attributes:
         kind: "sum" ignores zeros; "mean" and "var_mean" are made up for by a divisor; with
-            "extremum" and "other" leaving out even zeros changes the result. Along other axes, sums,
-            means and the values of extrema of zeros are zero.
+            "extremum" and "other" leaving out even zeros changes the result. Along other axes,
+            sums, means and the values of extrema of zeros are zero.
     """
 
     kind: Literal["sum", "mean", "var_mean", "extremum", "other"] = "other"
