@@ -105,6 +105,8 @@ def zeroed_twin(model: nn.Module, zeroed: Indices) -> nn.Module:
     with torch.no_grad():
         for name, axes in zeroed.items():
             for axis, indices in axes.items():
+                if not len(indices):
+                    continue  # of a bias that a fold added: nothing of it is in the original
                 tensors[name].index_fill_(axis, indices, 0)
     return twin
 
