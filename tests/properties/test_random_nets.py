@@ -83,7 +83,7 @@ def compare(plan: Plan, model: torch.nn.Module, program: Program, after: Program
 
 
 @every_source
-@bounded(30)
+@bounded(20)
 @given(data=st.data())
 def test_erasing_equals_zeroing(source: str, data: st.DataObject) -> None:
     """Whatever is declared exact is: erased against zeroed, and the shapes are as kept says."""
@@ -98,7 +98,7 @@ def test_erasing_equals_zeroing(source: str, data: st.DataObject) -> None:
 
 
 @every_source
-@bounded(10)
+@bounded(6)
 @given(data=st.data())
 def test_approximate_families_run(source: str, data: st.DataObject) -> None:
     """What is only approximate still gives a program that runs at other sizes."""
@@ -111,7 +111,7 @@ def test_approximate_families_run(source: str, data: st.DataObject) -> None:
 
 
 @every_source
-@bounded(10)
+@bounded(6)
 @given(data=st.data())
 def test_erasing_twice_is_erasing_the_union(source: str, data: st.DataObject) -> None:
     plan = data.draw(plans(source))
@@ -152,7 +152,7 @@ def _as_sets(indices: dict[str, dict[int, torch.Tensor]]) -> dict[tuple[str, int
 
 
 @every_source
-@bounded(8)
+@bounded(6)
 @given(data=st.data())
 def test_units_partition_their_axes(source: str, data: st.DataObject) -> None:
     """Units of one family own disjoint slices, as large as declared, on every axis."""
@@ -188,7 +188,7 @@ def _relation(program: Program) -> set[Any]:
 
 
 @every_source
-@bounded(8)
+@bounded(6)
 @given(data=st.data())
 def test_identities_change_nothing(source: str, data: st.DataObject) -> None:
     """The relation is the same with ops in between that change nothing."""
