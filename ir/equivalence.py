@@ -16,7 +16,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from torchlathe.ir.errors import InputError, UnsupportedError, VerifyError
+from torchlathe.ir.errors import Error, InputError, UnsupportedError, VerifyError
 from torchlathe.ir.extents import as_int, example_sizes, expression
 from torchlathe.ir.interpreting import ReplaceTensor, run_flat
 from torchlathe.ir.provenance import describe, info
@@ -47,6 +47,10 @@ _STORED_IN = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
+
+
+# As many samples of a batch are compared; export may take an extent of one for a constant.
+_SAMPLES = 2
 
 
 def _computed_in(dtype: torch.dtype) -> float:
@@ -104,7 +108,8 @@ def check_equivalence(
         before: What is right.
         after: What is to be checked; takes the same inputs.
         reference: ``(name, tensor) -> tensor``, applied to the tensors of ``before``.
-        inputs: ``(args, kwargs)``; by default the example inputs of ``before``.
+        inputs: ``(args, kwargs)``; by default the example inputs of ``before``, of which two
+            samples are enough where the batch is dynamic.
         dtype: The floating dtype to compute in.
 
     Raises:
@@ -116,6 +121,13 @@ def check_equivalence(
         raise UnsupportedError(f"the programs cannot be compared: {reason}")
     args, kwargs = before.example_inputs if inputs is None else inputs
     flat = before.flatten_inputs(args, kwargs)
+    if inputs is None and (few := _first_samples(before, flat)) is not None:
+        try:
+            found = check_equivalence(before, after, reference=reference, inputs=few, dtype=dtype)
+        except (Error, RuntimeError, TypeError, ValueError, IndexError) as error:
+            log.debug("cannot compare on the first samples alone: %s", error)
+        else:
+            return found
     wide = all(_fits(program, (args, kwargs), dtype) for program in (before, after))
     if wide:
         run = _Run(before, after, reference, flat, dtype)
@@ -126,6 +138,32 @@ def check_equivalence(
             log.debug("cannot compare in %s: %s", dtype, error)
     run = _Run(before, after, reference, flat, None)
     return run.compare(*run.outputs())
+
+
+def _first_samples(program: Program, flat: Sequence[Any]) -> Inputs | None:
+    """The first samples of a batch: two tell as much as all, at a share of time and memory.
+
+    Only where the first axis of every tensor is the batch and nothing else is: of a graph's nodes
+    and edges, for instance, none can be left out.
+    """
+    batch = None
+    for node, value in zip(program.input_nodes, flat, strict=True):
+        if not isinstance(value, torch.Tensor):
+            continue
+        shape = [expression(extent) for extent in node.meta["val"].shape]
+        first = shape[0] if shape else None
+        batch = first if batch is None else batch
+        if isinstance(first, int) or not getattr(first, "is_Symbol", False) or first != batch:
+            return None
+        if any(batch in getattr(extent, "free_symbols", ()) for extent in shape[1:]):
+            return None
+        if len(value) <= _SAMPLES:
+            return None
+    if batch is None:
+        return None
+    few = [v[:_SAMPLES] if isinstance(v, torch.Tensor) else v for v in flat]
+    args, kwargs = pytree.tree_unflatten(few, program.in_spec)
+    return args, kwargs
 
 
 class _Run:
