@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torchlathe.ir.errors import Error, InputError, UnsupportedError, VerifyError
 from torchlathe.ir.extents import as_int, example_sizes, expression
 from torchlathe.ir.interpreting import ReplaceTensor, run_flat
+from torchlathe.ir.memory import give_back
 from torchlathe.ir.provenance import describe, info
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def check_equivalence(
     """
     if reason := cannot_run(before) or cannot_run(after):
         raise UnsupportedError(f"the programs cannot be compared: {reason}")
+    give_back()
     args, kwargs = before.example_inputs if inputs is None else inputs
     flat = before.flatten_inputs(args, kwargs)
     if inputs is None and (few := _first_samples(before, flat)) is not None:
