@@ -18,12 +18,14 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
+from torchlathe.ir.canonical import restore_norms
 from torchlathe.ir.errors import InputError, UnsupportedError
 from torchlathe.ir.exporting import eval_mode, export, functional
 from torchlathe.ir.functional import (
     drop_statistics_updates,
     functionalize_in_place,
     inline_wrapped_regions,
+    make_complex_views_contiguous,
     write_out_default_eps,
 )
 from torchlathe.ir.program import Program, TensorEntry, TensorKind, copy_graph
@@ -103,6 +105,8 @@ def from_exported(
         _refuse_submodules(graph)
     drop_statistics_updates(graph)
     write_out_default_eps(graph)
+    restore_norms(graph)
+    make_complex_views_contiguous(graph)
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         names = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]

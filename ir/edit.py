@@ -22,7 +22,16 @@ from torchlathe.ir.provenance import set_info
 if TYPE_CHECKING:
     from torchlathe.ir.program import Program
 
-__all__ = ["Edit", "fake_run"]
+__all__ = ["Edit", "fake_run", "has_effect"]
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node does something besides giving a value, so that it stays if nobody reads it.
+
+    Ops that may draw random numbers, dropout and attention among them, have none: FX keeps these
+    by default, and all that they read with them.
+    """
+    return node.is_impure(impure_random=False)
 
 
 def _select(tensor: torch.Tensor, axis: int, indices: torch.Tensor) -> torch.Tensor:
@@ -255,7 +264,7 @@ class Edit:
 
     def _drop_dead(self) -> None:
         program = self.program
-        program.graph.eliminate_dead_code()
+        program.graph.eliminate_dead_code(has_effect)
         for name, node in program.tensor_nodes.items():
             if not node.users:
                 program.graph.erase_node(node)

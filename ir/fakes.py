@@ -16,10 +16,19 @@ from torchlathe.ir.provenance import describe
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-__all__ = ["FakeValues", "fake_run", "same_value"]
+__all__ = ["FakeValues", "fake_run", "same_value", "valueless"]
 
 # Ops whose results have sizes, or values, that depend on data.
 _BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+# Elementwise ops whose result is like their widest operand where all are of one floating dtype.
+_ELEMENTWISE = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        *((name, kind) for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")),
+        *((name, "default") for name in ("rsqrt", "sqrt", "neg", "reciprocal", "square")),
+    )
+)
 
 
 def fake_run(node: fx.Node, mode: Any) -> Any:
@@ -46,6 +55,11 @@ def fake_run(node: fx.Node, mode: Any) -> Any:
             f"{node.target} does not accept its inputs ({', '.join(shapes)}): {error}",
             where=describe(node),
         ) from error
+
+
+def valueless(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no values: it is fake, or on the meta device."""
+    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
 
 
 def same_value(a: Any, b: Any) -> bool:
@@ -89,6 +103,9 @@ class FakeValues:
 
         The layers of a model repeat each other, and so do the nodes that a rewrite adds to them.
         """
+        like = _widest_operand(node)
+        if like is not None:
+            return like
         key = self._call_key(node)
         if key is None:
             return fake_run(node, self._mode)
@@ -143,13 +160,45 @@ class FakeValues:
         return self._made[key]
 
 
+def _widest_operand(node: fx.Node) -> torch.Tensor | None:
+    """The operand of an elementwise op that the result is like in shape, strides and dtype."""
+    if node.target not in _ELEMENTWISE:
+        return None
+    values = [used.meta["val"] for used in node.all_input_nodes]
+    if not all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values):
+        return None
+    wide: torch.Tensor = max(values, key=lambda v: v.dim())
+    order = _dense_order(wide)
+    if order is None:
+        return None
+    for value in values:
+        if value is not wide and not _broadcasts_onto(value, wide, order):
+            return None
+    return wide
+
+
+def _broadcasts_onto(value: torch.Tensor, wide: torch.Tensor, order: list[int]) -> bool:
+    """Whether a tensor changes nothing about the other's shape, memory order and dtype."""
+    if value.dtype != wide.dtype or value.device != wide.device:
+        return False
+    missing = wide.dim() - value.dim()
+    strides = []
+    for axis in order:
+        if axis < missing or _same_extent(value.shape[axis - missing], 1):
+            continue
+        if not _same_extent(value.shape[axis - missing], wide.shape[axis]):
+            return False
+        strides.append(_hint(value.stride(axis - missing)))
+    return None not in strides and strides == sorted(strides, reverse=True)
+
+
+def _hint(number: Any) -> Any:
+    return number.node.hint if isinstance(number, torch.SymInt) else number
+
+
 def _dense_order(value: torch.Tensor) -> list[int] | None:
     """Axes from outermost to innermost, if the tensor has no gaps and no overlaps."""
-
-    def hint(x: Any) -> Any:
-        return x.node.hint if isinstance(x, torch.SymInt) else x
-
-    sizes, strides = [hint(d) for d in value.shape], [hint(s) for s in value.stride()]
+    sizes, strides = list(map(_hint, value.shape)), list(map(_hint, value.stride()))
     if any(x is None for x in (*sizes, *strides)):
         return None
     order = sorted(range(len(sizes)), key=lambda i: (-strides[i], i))

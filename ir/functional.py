@@ -16,6 +16,7 @@ __all__ = [
     "drop_statistics_updates",
     "functionalize_in_place",
     "inline_wrapped_regions",
+    "make_complex_views_contiguous",
     "write_out_default_eps",
 ]
 
@@ -146,6 +147,23 @@ def write_out_default_eps(graph: fx.Graph) -> None:
             node.kwargs = {**node.kwargs, "eps": torch.finfo(dtype).eps}
 
 
+def make_complex_views_contiguous(graph: fx.Graph) -> None:
+    """Put ``contiguous`` before ``view_as_complex``, which wants pairs at even distances.
+
+    It changes nothing where they are; of a slice of an axis of odd extent, as an erase may leave
+    it, it makes the copy that the view needs.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view_as_complex.default):
+        pairs = node.args[0]
+        if not isinstance(pairs, fx.Node) or pairs.target is torch.ops.aten.contiguous.default:
+            continue
+        value = pairs.meta["val"]
+        with graph.inserting_before(node), value.fake_mode, enable_python_dispatcher():
+            dense = graph.call_function(torch.ops.aten.contiguous.default, (pairs,))
+            dense.meta = {**node.meta, "val": torch.ops.aten.contiguous.default(value)}
+        node.replace_input_with(pairs, dense)
+
+
 def _schema(node: fx.Node) -> torch._C.FunctionSchema | None:
     if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema
@@ -204,13 +222,21 @@ def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
     if not name.endswith("_") or name.endswith("__"):
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    overload = getattr(packet, target._overloadname, None) if packet is not None else None
-    if not isinstance(overload, torch._ops.OpOverload) or overload._schema.is_mutable:
+    if packet is None:
         return None
-    same = [a.name for a in overload._schema.arguments] == [
-        a.name for a in target._schema.arguments
-    ]
-    return overload if same and _keeps_dtype(node, overload) else None
+    wanted = _arguments(target)
+    # Most often it has the same overload name, but pow_.Scalar is the pow.Tensor_Scalar.
+    names = sorted(
+        packet.overloads(), key=lambda found: found != (target._overloadname or "default")
+    )
+    for overload in (getattr(packet, found) for found in names):
+        if _arguments(overload) == wanted and not overload._schema.is_mutable:
+            return overload if _keeps_dtype(node, overload) else None
+    return None
+
+
+def _arguments(op: torch._ops.OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in op._schema.arguments]
 
 
 def _keeps_dtype(node: fx.Node, functional: torch._ops.OpOverload) -> bool:

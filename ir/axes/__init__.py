@@ -5,6 +5,7 @@ from torchlathe.ir.axes.inference import AxisMap, AxisTerms, Inference
 from torchlathe.ir.axes.resize import Resize
 from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Layout, Rule, Value
 from torchlathe.ir.axes.rules.contraction import Signature
+from torchlathe.ir.axes.rules.passing import Passing
 from torchlathe.ir.axes.rules.pointwise import Pointwise
 from torchlathe.ir.axes.rules.shaping import Structural
 from torchlathe.ir.axes.table import register_rule, rule_of, ruled_ops
@@ -22,6 +23,7 @@ __all__ = [
     "Flow",
     "Inference",
     "Layout",
+    "Passing",
     "Pin",
     "Pointwise",
     "Product",

@@ -8,6 +8,7 @@ holds zeros there, or if what it holds can be made up for by a correction.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -19,6 +20,9 @@ from torchlathe.ir.axes.terms import Atom
 
 __all__ = ["AtomIndex", "Flow"]
 
+# Inputs of a node that are looked through one by one; of more, a table is made.
+_FEW = 8
+
 
 class AtomIndex:
     """Which nodes and axes carry which atom; built once for all flows of a program."""
@@ -29,6 +33,8 @@ class AtomIndex:
         self._axes: dict[fx.Node, list[list[frozenset[int]]]] = {}
         self.touching: dict[int, list[fx.Node]] = {}
         self._letters: dict[fx.Node, dict[str, frozenset[int]]] = {}
+        self._atoms: dict[fx.Node, set[int]] = {}
+        self._carriers: dict[fx.Node, dict[int, list[fx.Node]]] = {}
         cache: dict[int, frozenset[int]] = {}
         for node in graph.nodes:
             axes = []
@@ -44,9 +50,8 @@ class AtomIndex:
                     here |= atoms
                 axes.append(row)
             self._axes[node] = axes
-            for used in node.all_input_nodes:
-                for used_row in self._axes[used]:
-                    here.update(*used_row)
+            self._atoms[node] = here
+            here = here.union(*(self._atoms[used] for used in node.all_input_nodes))
             if not axis_map.has(node):
                 continue  # sizes, checks and the output have no axes to follow
             for number in here:
@@ -60,6 +65,19 @@ class AtomIndex:
                 for name, term in self.axis_map.layouts[node].letters.items()
             }
         return self._letters[node]
+
+    def carriers(self, node: fx.Node, number: int) -> Sequence[fx.Node]:
+        """The inputs of a node that carry an atom; of a concatenation mostly one of many."""
+        found = self._carriers.get(node)
+        if found is None:
+            inputs = node.all_input_nodes
+            if len(inputs) <= _FEW:
+                return [used for used in inputs if number in self._atoms[used]]
+            found = self._carriers[node] = {}
+            for used in inputs:
+                for atom in self._atoms[used]:
+                    found.setdefault(atom, []).append(used)
+        return found.get(number, ())
 
     def axes(self, node: fx.Node, result: int = 0) -> list[frozenset[int]]:
         """Atoms on each axis of one result."""
@@ -80,6 +98,9 @@ class Flow:
         corrections: What has to be corrected, by node.
         folds: The constant that the erased indices hold where a contraction reads them, by node.
         losses: Why leaving the indices out changes what is computed elsewhere, by node.
+        constant: Nodes that depend on the program's tensors alone, and so can be frozen: what they
+            are in the full-size model is known, whatever they lose.
+        frozen: Those of them that would lose something.
     """
 
     index: AtomIndex
@@ -87,6 +108,8 @@ class Flow:
     corrections: dict[fx.Node, str] = field(default_factory=dict)
     folds: dict[fx.Node, float] = field(default_factory=dict)
     losses: dict[fx.Node, str] = field(default_factory=dict)
+    constant: AbstractSet[fx.Node] = frozenset()
+    frozen: set[fx.Node] = field(default_factory=set)
     _values: dict[fx.Node, Values] = field(default_factory=dict)
 
     def run(self, start: Mapping[fx.Node, Sequence[Value | None]]) -> None:
@@ -103,7 +126,11 @@ class Flow:
                 # Without a rule the atom would be pinned, and nobody would ask.
                 assert rule is not None, node
                 values = rule.flow(node, self)
-                if any(v.singular for used in node.all_input_nodes for v in self.values(used)):
+                if node in self.constant and self.losses.pop(node, None) is not None:
+                    self.correct(node, "it keeps the value that its parameters gave it")
+                    self.frozen.add(node)
+                inputs = self.index.carriers(node, self.atom.number)
+                if any(v.singular for used in inputs for v in self.values(used)):
                     values = self._all(node, SINGULAR)
                 self._values[node] = values
 
@@ -131,6 +158,8 @@ class Flow:
 
     def values(self, node: fx.Node) -> list[Value]:
         """The values of all axes of a node that carry the atom."""
+        if node not in self._values:
+            return []  # it does not carry the atom, or it would have been visited
         axes = range(self.rank(node))
         return [v for axis in axes if (v := self.value(node, axis)) is not None]
 
@@ -147,7 +176,8 @@ class Flow:
 
     def structural(self, node: fx.Node) -> Values:
         """The values where elements are only moved: each axis has those of where it came from."""
-        found = [v for used in node.all_input_nodes for v in self.values(used)]
+        inputs = self.index.carriers(node, self.atom.number)
+        found = [v for used in inputs for v in self.values(used)]
         return self._all(node, join(found) if found else UNKNOWN)
 
     def unknown(self, node: fx.Node) -> Values:

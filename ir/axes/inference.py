@@ -39,6 +39,7 @@ class AxisMap:
     unruled: Mapping[str, int]
     _terms: Mapping[fx.Node, Terms]
     _solver: Solver
+    _first: Mapping[fx.Node, Terms] = field(default_factory=dict)
 
     def terms(self, node: fx.Node) -> tuple[Term, ...]:
         """One resolved term per dimension of a tensor; empty for anything else."""
@@ -66,6 +67,35 @@ class AxisMap:
     def atoms_of(self, term: Term) -> list[Atom]:
         """The free atoms of a term, in order, with repetitions."""
         return list(self._solver.atoms(term))
+
+    def trail(self, node: fx.Node, axis: int, atom: Atom) -> list[tuple[Atom, fx.Node]]:
+        """How an axis of a tensor came to hold a free atom.
+
+        Returns:
+            The variables that were bound on the way, with the nodes that did it, beginning at the
+            variable that the axis had at first; empty if that one is the atom.
+        """
+        first = self._first.get(node)
+        if not isinstance(first, tuple):
+            return []
+        return self._descend(first[axis], atom, set()) or []
+
+    def _descend(self, term: Term, goal: Atom, seen: set[int]) -> list[tuple[Atom, fx.Node]] | None:
+        steps: list[tuple[Atom, fx.Node]] = []
+        while isinstance(term, Atom):  # no recursion: a chain may be as long as the graph
+            if term is goal:
+                return steps
+            if term.number in seen or term.number not in self._solver.bindings:
+                return None
+            seen.add(term.number)
+            bound, cause = self._solver.bindings[term.number]
+            assert isinstance(cause, fx.Node)
+            steps.append((term, cause))
+            term = bound
+        for part in term.factors if isinstance(term, Product) else term.pieces:
+            if (found := self._descend(part, goal, seen)) is not None:
+                return steps + found
+        return None
 
 
 @dataclass(frozen=True)
@@ -102,7 +132,7 @@ class Inference:
         """Visit every node."""
         inputs = dict(zip(self.program.input_nodes, input_paths(self.program), strict=False))
         for node in self.program.graph.nodes:
-            self._node = node
+            self._node = self.solver.cause = node
             if node.op == "placeholder":
                 self._placeholder(node, inputs)
             elif node.op == "call_function":
@@ -123,7 +153,7 @@ class Inference:
                     for atom in self.solver.atoms(term):
                         atoms[atom.number] = atom
         ordered = tuple(atoms[n] for n in sorted(atoms))
-        return AxisMap(self.layouts, ordered, self.unruled, resolved, self.solver)
+        return AxisMap(self.layouts, ordered, self.unruled, resolved, self.solver, self._terms)
 
     def _pin_beside_dynamic(self, term: Term, node: fx.Node) -> None:
         """An axis ``s + 16`` has no factor to rescale sizes by, so the 16 have to stay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["Resize"]
 
 
+def _no_twin(name: str) -> torch.Tensor:
+    raise AssertionError(f"no full-size model to take {name} from")
+
+
 @dataclass
 class Resize:
     """Which indices stay, and what rules call to adapt their nodes.
@@ -30,12 +34,14 @@ class Resize:
         kept: Per atom number, which of its indices stay; atoms not in here stay whole.
         edit: The edit that the changes go through.
         corrected: Nodes at which exactness needs a correction.
+        twin: The tensors, by name, of the full-size model that has zeros where this one was cut.
     """
 
     axis_map: AxisMap
     kept: Mapping[int, torch.Tensor]
     edit: Edit
     corrected: frozenset[fx.Node] = frozenset()
+    twin: Callable[[str], torch.Tensor] = _no_twin
     _masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
     # The cache above is keyed by id(term), so the terms must stay alive as long as it does.
     _alive: list[Term] = field(default_factory=list)

@@ -10,6 +10,7 @@ A rule has three methods, one for each question that the compiler asks about a n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -115,14 +116,29 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument of a node by its schema name, whether given by position or by keyword."""
     if name in node.kwargs:
         return node.kwargs[name]
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        for index, arg in enumerate(schema.arguments):
-            if arg.name == name:
-                if index < len(node.args):
-                    return node.args[index]
-                return arg.default_value if arg.has_default_value() else default
-    return default
+    found = _schema_arguments(node.target).get(name)
+    if found is None:
+        return default
+    index, has_default, value = found
+    if index < len(node.args):
+        return node.args[index]
+    return value if has_default else default
+
+
+@functools.cache
+def _schema_arguments(target: Any) -> dict[str, tuple[int, bool, Any]]:
+    """Per argument of an op its place, whether it has a default value, and the value."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return {}
+    return {
+        a.name: (
+            index,
+            a.has_default_value(),
+            a.default_value if a.has_default_value() else None,
+        )
+        for index, a in enumerate(schema.arguments)
+    }
 
 
 def with_arguments(node: fx.Node, new: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,7 +19,7 @@ _registered: dict[str, Rule] = {}
 
 
 def _names(text: str) -> list[str]:
-    return ["aten::" + name for name in text.split()]
+    return [name if "::" in name else "aten::" + name for name in text.split()]
 
 
 @functools.cache
@@ -29,13 +29,15 @@ def _table() -> Mapping[str, Rule]:
     from torchlathe.ir.axes.rules.contraction import Convolution, Einsum, MatMul, Signature
     from torchlathe.ir.axes.rules.creation import Filled, FilledLike, Numbered
     from torchlathe.ir.axes.rules.embedding import Embedding
+    from torchlathe.ir.axes.rules.further import further_rows
+    from torchlathe.ir.axes.rules.group_norm import GroupNorm
     from torchlathe.ir.axes.rules.normalization import (
         BatchNorm,
-        GroupNorm,
         InstanceNorm,
         LayerNorm,
         RMSNorm,
     )
+    from torchlathe.ir.axes.rules.pinned import Extremum, PinnedAxis
     from torchlathe.ir.axes.rules.pointwise import Pointwise, PReLU
     from torchlathe.ir.axes.rules.reduction import AlongAxis, Reduce
     from torchlathe.ir.axes.rules.shaping import (
@@ -50,10 +52,7 @@ def _table() -> Mapping[str, Rule]:
     from torchlathe.ir.axes.rules.slicing import (
         Cat,
         GatedHalves,
-        Index,
         Narrow,
-        Pad,
-        PinnedAxis,
         Select,
         Slice,
         Split,
@@ -104,29 +103,33 @@ def _table() -> Mapping[str, Rule]:
         (RMSNorm(), "rms_norm"),
         (
             BatchNorm(),
-            "batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update",
+            "batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update "
+            "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional",
         ),
         (InstanceNorm(), "instance_norm"),
         (GroupNorm(), "group_norm"),
         # -- reductions
-        (Reduce("sum"), "sum norm linalg_vector_norm"),
+        (Reduce("sum"), "sum norm linalg_vector_norm any"),
         (Reduce("mean"), "mean"),
         (Reduce("var_mean"), "var_mean"),
+        (Reduce("std_mean"), "std_mean"),
+        (Reduce("var"), "var"),
+        (Reduce("std"), "std"),
+        (Reduce("logsumexp"), "logsumexp"),
         (
             Reduce("extremum"),
-            "amax amin max min median mode",
+            "amax amin",
         ),
-        (
-            Reduce("other"),
-            "argmax argmin any all prod var std std_mean logsumexp",
-        ),
+        (Extremum("extremum"), "max min median mode"),
+        (Extremum("other"), "argmax argmin"),
+        (Reduce("other"), "all prod"),
         (AlongAxis(), "softmax _softmax log_softmax _log_softmax cummax cummin cumprod"),
         (AlongAxis(linear=True), "cumsum"),
         # -- shapes
         (Reshape("size"), "view _unsafe_view"),
         (Reshape("shape"), "reshape"),
         (Reshape("sizes"), "unflatten"),
-        (Reshape(), "flatten ravel view_as_real_copy"),
+        (Reshape(), "flatten ravel"),
         (
             Permute(),
             "permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT",
@@ -146,11 +149,6 @@ def _table() -> Mapping[str, Rule]:
         (Split(), "split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_chunk"),
         (Cat(), "cat concat concatenate"),
         (Stack(), "stack"),
-        (Index(), "index"),
-        (Pad(), "pad constant_pad_nd"),
-        (PinnedAxis(("dims",), "its indices change places"), "roll flip"),
-        (PinnedAxis(("dim",), "its order matters"), "sort topk argsort"),
-        (PinnedAxis((), "it depends on the position"), "tril triu"),
         # -- positions
         (OverPositions(1), "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d"),
         (
@@ -170,6 +168,7 @@ def _table() -> Mapping[str, Rule]:
         (FilledLike(0.0), "zeros_like"),
         (FilledLike(1.0), "ones_like"),
         (Numbered(), "arange eye linspace scalar_tensor"),
+        *further_rows(),
     ]
     return MappingProxyType({name: rule for rule, text in rows for name in _names(text)})
 
@@ -183,16 +182,22 @@ def _getitem() -> Rule:
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of a call node; None if there is none."""
-    target: Any = node.target
+    name, built_in = _built_in(node.target)
+    return _registered.get(name, built_in)
+
+
+@functools.cache  # every family asks for the rule of every node that it touches
+def _built_in(target: Any) -> tuple[str, Rule | None]:
+    """Schema name of what a node calls, and the rule that it has from the start."""
     if target is operator.getitem:
-        return _getitem()
+        return "", _getitem()
     schema = getattr(target, "_schema", None)
     if schema is None:
-        return None
+        return "", None
     name = schema.name
     # Some overloads are another op: ``max.other`` is elementwise, ``max.dim`` reduces.
     overload = _table().get(f"{name}.{schema.overload_name}")
-    return _registered.get(name) or overload or _table().get(name)
+    return name, overload or _table().get(name)
 
 
 def ruled_ops() -> list[str]:

@@ -100,10 +100,18 @@ class Mismatch(Exception):  # noqa: N818 - internal control flow, not an error a
 
 
 class Solver:
-    """Creates atoms and unifies terms."""
+    """Creates atoms and unifies terms.
+
+    Attributes:
+        cause: What unifies at the moment; the inference puts the node here.
+        bindings: By number of each bound atom, the term it was bound to and the cause. Paths get
+            compressed later, this record does not, so that one can tell how two axes met.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.cause: object = None
+        self.bindings: dict[int, tuple[Term, object]] = {}
 
     # -- making ----------------------------------------------------------------------------
 
@@ -188,6 +196,7 @@ class Solver:
         if any(a is atom for a in self.atoms(term)):
             raise Mismatch(f"{atom} would contain itself")
         atom.bound = term
+        self.bindings[atom.number] = (term, self.cause)
         for pin in atom.pins:
             self.pin(term, pin)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from torch import fx
 
@@ -29,7 +29,7 @@ from torchlathe.ir.axes import (
     Product,
     Term,
 )
-from torchlathe.passes.analysis.roles import written_axes
+from torchlathe.passes.analysis.roles import constant_nodes, written_axes
 from torchlathe.passes.base import AnalysisPass
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ EXACT = "exact"
 FOLDED = "exact-after-fold"
 CORRECTED = "exact-after-correction"
 APPROXIMATE = "approximate"
+
+_BY_READERS = "equal to the model in which the slices that read its units are zero"
+
+ZeroedBy: TypeAlias = Literal["writers", "readers", "all"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,10 @@ class Family:
         folds: Nodes whose bias takes the constant that the units hold, with that constant.
         pins: Why its units cannot be erased; empty if they can.
         parameters_per_unit: Parameters that one unit takes along.
+        zeroed_by: Which slices are zero in the equal full-size model: "writers"; "readers", where
+            writers of zeros would not make it equal; or "all" of them.
+        zeroed: These slices.
+        frozen: Corrected nodes that depend on the program's tensors alone, and become constants.
     """
 
     name: str
@@ -91,6 +99,9 @@ class Family:
     folds: Mapping[fx.Node, float]
     pins: tuple[Pin, ...]
     parameters_per_unit: int
+    zeroed_by: ZeroedBy = "writers"
+    zeroed: tuple[ParameterSlice, ...] = ()
+    frozen: frozenset[fx.Node] = frozenset()
 
     @property
     def extent(self) -> int:
@@ -208,7 +219,9 @@ class ZeroInvariantGroups(AnalysisPass[Families]):
         """The same families with the same slices and verdicts."""
 
         def rows(families: Families) -> list[Any]:
-            return [(f.name, f.extent, f.slices, f.exactness, f.pinned) for f in families]
+            return [
+                (f.name, f.extent, f.slices, f.exactness, f.pinned, f.zeroed_by) for f in families
+            ]
 
         return rows(a) == rows(b)
 
@@ -231,6 +244,9 @@ class _Finder:
         self.index = index
         self.nodes = program.tensor_nodes
         self.written = written_axes(program, index)
+        self.constant = constant_nodes(program)
+        self._found_repeats: dict[int, Mapping[int, int]] = {}
+        self._found_crossing: dict[int, frozenset[int]] = {}
 
     def families(self) -> Iterator[Family]:
         places: dict[int, list[tuple[str, int, Term]]] = {}
@@ -250,26 +266,44 @@ class _Finder:
         slices = []
         for name, axis, term in places:
             entry = self.program.entries[name]
-            repeat = _repeat(term, atom)
+            repeat = self._repeats(term)[atom.number]
             parameter = entry.kind is TensorKind.PARAMETER
             writes = parameter and self._writes(name, axis, atom)
             slices.append(ParameterSlice(name, axis, repeat, writes, entry.kind))
         pins = tuple(atom.pins)
-        if not pins and any(_crosses(term, atom) for _, _, term in places):
+        if not pins and any(atom.number in self._crossing(term) for _, _, term in places):
             reason = f"an axis of {places[0][0]} holds pairs of its indices"
             pins = (Pin(reason),)
-        flow, slices = (None, slices) if pins else self._flow(atom, slices)
+        found = _Verdict(slices) if pins else self._verdict(atom, slices)
+        flow, slices = found.flow, found.slices
         return Family(
             name=_name(slices, places, atom),
             atom=atom,
             slices=tuple(slices),
             exactness=_exactness(flow),
-            reasons=_reasons(flow),
+            reasons=_reasons(flow, found.zeroed_by),
             corrected=frozenset(flow.corrections) if flow else frozenset(),
             folds=flow.folds if flow else {},
             pins=pins,
             parameters_per_unit=self._parameters_per_unit(slices),
+            zeroed_by=found.zeroed_by,
+            zeroed=tuple(found.zeroed),
+            frozen=frozenset(flow.frozen) if flow else frozenset(),
         )
+
+    def _repeats(self, term: Term) -> Mapping[int, int]:
+        """How many indices of an axis belong to one unit of each of its atoms."""
+        found = self._found_repeats.get(id(term))
+        if found is None:
+            found = self._found_repeats[id(term)] = _repeats(term)
+        return found
+
+    def _crossing(self, term: Term) -> frozenset[int]:
+        """The atoms of which an index of an axis has more than one unit."""
+        found = self._found_crossing.get(id(term))
+        if found is None:
+            found = self._found_crossing[id(term)] = frozenset(_crossing(term))
+        return found
 
     def _writes(self, name: str, axis: int, atom: Atom) -> bool:
         return (0, axis, atom.number) in self.written[self.nodes[name]]
@@ -285,36 +319,57 @@ class _Finder:
         entries = self.program.entries
         return sum(entries[n].tensor.numel() - math.prod(s) for n, s in shapes.items())
 
-    def _flow(
-        self, atom: Atom, slices: list[ParameterSlice]
-    ) -> tuple[Flow | None, list[ParameterSlice]]:
-        """Follow the atom with zeroed parameters, and if need be with zeroed buffers too."""
+    def _verdict(self, atom: Atom, slices: list[ParameterSlice]) -> _Verdict:
+        """Follow the atom with zeroed writers, and if that is not exact with others at zero."""
         if not any(s.writes for s in slices):
-            return None, slices
-        flow = self._run(atom, slices)
+            return _Verdict(slices)
+        first = self._run(_Verdict(slices), atom)
+        if first.flow is None or not first.flow.losses:
+            return first
         # Not constants: the caller's module has no name under which to zero them.
-        buffers = [s for s in slices if s.kind is TensorKind.BUFFER]
-        if not flow.losses or not buffers:
-            return flow, slices
+        owned = [s for s in slices if s.kind is not TensorKind.CONSTANT]
+        written = {s: None for s in owned if self._writes(s.name, s.axis, atom)}
+        read = [s for s in owned if s not in written]
         # For instance a table of positions that is added to a residual stream.
-        zeroed = [
-            ParameterSlice(s.name, s.axis, s.repeat, True, s.kind)
-            if s in buffers and self._writes(s.name, s.axis, atom)
-            else s
-            for s in slices
-        ]
-        again = self._run(atom, zeroed)
-        return (again, zeroed) if not again.losses else (flow, slices)
+        both = [replace(s, writes=True) if s in written else s for s in slices]
+        attempts = []
+        if not all(s.writes for s in written):
+            attempts.append(_Verdict(both))
+        if read:
+            attempts.append(_Verdict(slices, "readers", read))
+            everything = [s for s in both if s.kind is not TensorKind.CONSTANT]
+            attempts.append(_Verdict(both, "all", everything))
+        for attempt in attempts:
+            found = self._run(attempt, atom)
+            if found.flow is None or not found.flow.losses:
+                return found
+        return first
 
-    def _run(self, atom: Atom, slices: list[ParameterSlice]) -> Flow:
+    def _run(self, given: _Verdict, atom: Atom) -> _Verdict:
         start: dict[fx.Node, list[Any]] = {}
-        for part in slices:
+        zeroed = {(part.name, part.axis) for part in given.zeroed}
+        for part in given.slices:
             node = self.nodes[part.name]
             row = start.setdefault(node, [None] * len(self.axis_map.terms(node)))
-            row[part.axis] = ZERO if part.writes else UNKNOWN
-        flow = Flow(self.index, atom)
+            row[part.axis] = ZERO if (part.name, part.axis) in zeroed else UNKNOWN
+        flow = Flow(self.index, atom, constant=self.constant)
         flow.run(start)
-        return flow
+        return replace(given, flow=flow)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Slices with their roles, which of them are zero, and what the flow then says."""
+
+    slices: list[ParameterSlice]
+    zeroed_by: ZeroedBy = "writers"
+    named: list[ParameterSlice] | None = None
+    flow: Flow | None = None
+
+    @property
+    def zeroed(self) -> list[ParameterSlice]:
+        """By default the slices that write."""
+        return [s for s in self.slices if s.writes] if self.named is None else self.named
 
 
 def _exactness(flow: Flow | None) -> str:
@@ -325,9 +380,10 @@ def _exactness(flow: Flow | None) -> str:
     return FOLDED if flow.folds else EXACT
 
 
-def _reasons(flow: Flow | None) -> tuple[str, ...]:
+def _reasons(flow: Flow | None, zeroed_by: ZeroedBy) -> tuple[str, ...]:
     if flow is None:
         return ()
+    readers = () if zeroed_by == "writers" else (_BY_READERS,)
     folds = {node: f"the constant {c:g} moves into the bias" for node, c in flow.folds.items()}
     notes = flow.losses or {**flow.corrections, **folds}
     # One text stands for all the places where it holds.
@@ -335,35 +391,45 @@ def _reasons(flow: Flow | None) -> tuple[str, ...]:
     for node, text in notes.items():
         place, count = first.get(text, (node, 0))
         first[text] = (place, count + 1)
-    return tuple(
+    return readers + tuple(
         f"{text}: {describe(node)}" + (f" and {count - 1} more" if count > 1 else "")
         for text, (node, count) in first.items()
     )
 
 
-def _repeat(term: Term, atom: Atom) -> int:
-    """How many indices of an axis belong to one unit of an atom."""
+def _repeats(term: Term) -> dict[int, int]:
+    """How many indices of an axis belong to one unit of each of its atoms, in one walk."""
     if isinstance(term, Atom):
-        return int(term is atom)
+        return {term.number: 1}
     if isinstance(term, Concat):
-        return sum(_repeat(piece, atom) for piece in term.pieces)
-    count = 1
-    found = False
-    for factor in term.factors:
-        inside = _repeat(factor, atom)
-        found = found or inside > 0
-        count *= inside or factor.extent
-    return count if found else 0
+        total: dict[int, int] = {}
+        for piece in term.pieces:
+            for number, count in _repeats(piece).items():
+                total[number] = total.get(number, 0) + count
+        return total
+    inside = [_repeats(factor) for factor in term.factors]
+    return {
+        number: math.prod(
+            counts.get(number) or factor.extent
+            for counts, factor in zip(inside, term.factors, strict=True)
+        )
+        for number in dict.fromkeys(number for counts in inside for number in counts)
+    }
 
 
-def _crosses(term: Term, atom: Atom) -> bool:
-    """Whether an atom is in two factors of a product, so that an index has two units."""
+def _crossing(term: Term) -> Iterator[int]:
+    """Atoms in two factors of a product, so that an index has two units of them."""
     if isinstance(term, Atom):
-        return False
+        return
     parts = term.factors if isinstance(term, Product) else term.pieces
-    if isinstance(term, Product) and sum(_repeat(p, atom) > 0 for p in parts) > 1:
-        return True
-    return any(_crosses(part, atom) for part in parts)
+    if isinstance(term, Product):
+        seen: set[int] = set()
+        for factor in parts:
+            own = set(_repeats(factor))
+            yield from own & seen
+            seen |= own
+    for part in parts:
+        yield from _crossing(part)
 
 
 def _path(term: Term, atom: Atom) -> list[int] | None:

@@ -17,7 +17,7 @@ from torchlathe.ir.axes import AtomIndex, Pointwise, Structural, rule_of
 from torchlathe.ir.axes.rules.shaping import Permute
 from torchlathe.ir.axes.rules.slicing import GetItem
 
-__all__ = ["Role", "written_axes"]
+__all__ = ["Role", "constant_nodes", "written_axes"]
 
 # (result, axis, atom number); the result is 0 but for an op with several.
 Role = tuple[int, int, int]
@@ -29,7 +29,7 @@ def written_axes(program: Program, index: AtomIndex) -> dict[fx.Node, set[Role]]
     Tensors may pass through views, casts and products of each other first, so the answer is
     found backwards through everything that depends on tensors alone.
     """
-    constant = _constant(program)
+    constant = constant_nodes(program)
     written: dict[fx.Node, set[Role]] = {}
     for node in reversed(list(program.graph.nodes)):
         if node in constant:
@@ -40,8 +40,8 @@ def written_axes(program: Program, index: AtomIndex) -> dict[fx.Node, set[Role]]
     return written
 
 
-def _constant(program: Program) -> set[fx.Node]:
-    """Nodes that depend on no input."""
+def constant_nodes(program: Program) -> set[fx.Node]:
+    """Nodes that depend on the program's tensors, and on no input."""
     constant: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":

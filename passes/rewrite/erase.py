@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from torchlathe.ir import InputError, Program
 from torchlathe.ir.axes import AxisMap, Resize, rule_of
-from torchlathe.ir.interpreting import ReplaceTensor
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
 from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
+from torchlathe.passes.rewrite.freezing import freeze, frozen_values
 from torchlathe.passes.rewrite.units import unit_indices
 
-__all__ = ["erase_units"]
+__all__ = ["ZeroedSlices", "erase_units"]
+
+
+@dataclass(frozen=True)
+class ZeroedSlices:
+    """A function of (name, tensor) that zeroes slices; the reference of an exact erase.
+
+    Attributes:
+        slices: Per tensor and axis, the indices that become zero.
+    """
+
+    slices: Mapping[str, Mapping[int, torch.Tensor]]
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or a copy of it with its slices at zero."""
+        axes = self.slices.get(name)
+        if not axes:
+            return tensor
+        tensor = tensor.detach().clone()
+        for axis, indices in axes.items():
+            tensor.index_fill_(axis, indices.to(tensor.device), 0)
+        return tensor
 
 
 def erase_units(
     program: Program, units: Mapping[Family, torch.Tensor], *, by: str = ""
-) -> ReplaceTensor:
+) -> ZeroedSlices:
     """Erase units of families, with everything that follows from it.
 
     Slices of tensors go, every static integer is recomputed from the axis terms, and norms and
@@ -33,8 +55,8 @@ def erase_units(
 
     Returns:
         The reference: a function of (name, tensor) that zeroes the slices which write to the
-        erased indices. Applied to the tensors of the program before, it makes the full-size
-        model that an exact erase equals.
+        erased indices (for some families others, see `Family.zeroed`). Applied to the tensors of
+        the program before, it makes the full-size model that an exact erase equals.
 
     Raises:
         InputError: A family that is pinned, an index out of range, or all units of a family.
@@ -52,9 +74,12 @@ def erase_units(
     for family in chosen:
         touched.update(index.touching[family.atom.number])
     corrected = frozenset(node for family in chosen for node in family.corrected)
-    folded = folded_constants(program, chosen, kept, axis_map)
+    zeros = ZeroedSlices(zeroed)
+    folded = folded_constants(program, chosen, kept, axis_map, zeros)
+    frozen = frozen_values(program, {n for f in chosen for n in f.frozen}, zeros)
     with program.edit(by) as edit:
-        resize = Resize(axis_map, kept, edit, corrected)
+        before = {name: entry.tensor for name, entry in program.entries.items()}
+        resize = Resize(axis_map, kept, edit, corrected, lambda name: zeros(name, before[name]))
         for name, axes in zeroed.items():
             for axis, indices in axes.items():
                 edit.record_zeroed(name, axis, indices)
@@ -67,7 +92,9 @@ def erase_units(
             if masks:
                 edit.keep(name, masks)
         for node in list(program.graph.nodes):
-            if node in touched and node.op == "call_function":
+            if node in frozen:
+                freeze(node, frozen[node], resize)
+            elif node in touched and node.op == "call_function":
                 rule = rule_of(node)
                 assert rule is not None, node
                 edit.set_shape(node, resize.shapes(node))
@@ -75,7 +102,7 @@ def erase_units(
         _allow_other_strides(program)
         for node, delta in folded.items():
             fold_into_bias(node, delta, resize)
-    return _reference(zeroed)
+    return zeros
 
 
 def _allow_other_strides(program: Program) -> None:
@@ -113,12 +140,12 @@ def _zeroed_slices(
     kept: Mapping[int, torch.Tensor],
     axis_map: AxisMap,
 ) -> dict[str, dict[int, torch.Tensor]]:
-    """Per tensor and writing axis, the indices that the erased units own."""
+    """Per tensor and axis that is zero in the equal model, the indices that erased units own."""
     nodes = program.tensor_nodes
     found: dict[str, dict[int, torch.Tensor]] = {}
     for family in chosen:
         mask = kept[family.atom.number]
-        for part in family.writers:
+        for part in family.zeroed:
             term = axis_map.terms(nodes[part.name])[part.axis]
             owner = unit_indices(term, family.atom.number)
             gone = (~mask[owner.clamp_min(0)] & (owner >= 0)).nonzero().flatten()
@@ -127,16 +154,3 @@ def _zeroed_slices(
                 gone = torch.cat([axes[part.axis], gone]).unique()
             axes[part.axis] = gone
     return found
-
-
-def _reference(zeroed: Mapping[str, Mapping[int, torch.Tensor]]) -> ReplaceTensor:
-    def reference(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        axes = zeroed.get(name)
-        if not axes:
-            return tensor
-        tensor = tensor.detach().clone()
-        for axis, indices in axes.items():
-            tensor.index_fill_(axis, indices.to(tensor.device), 0)
-        return tensor
-
-    return reference

@@ -14,8 +14,10 @@ from torch import fx
 
 from torchlathe.ir import Program, TensorKind, info
 from torchlathe.ir.axes import AxisMap, Resize, rule_of
-from torchlathe.ir.axes.rule import argument, with_arguments
+from torchlathe.ir.axes.rule import Layout, argument, with_arguments
 from torchlathe.ir.axes.rules.contraction import Contraction
+from torchlathe.ir.fakes import valueless
+from torchlathe.ir.interpreting import ReplaceTensor
 from torchlathe.passes.analysis.families import Family
 from torchlathe.passes.rewrite.units import unit_indices
 
@@ -27,6 +29,7 @@ def folded_constants(
     chosen: Sequence[Family],
     kept: Mapping[int, torch.Tensor],
     axis_map: AxisMap,
+    zeroing: ReplaceTensor,
 ) -> dict[fx.Node, torch.Tensor]:
     """What the erased units of the families add to each reader, before anything is erased.
 
@@ -49,7 +52,12 @@ def folded_constants(
         name = info(weight_node).tensor
         assert isinstance(rule, Contraction)
         assert name is not None
-        weight = program.entries[name].tensor
+        if valueless(program.entries[name].tensor):
+            channels = axis_map.terms(node)[_channel_axis(layout)].extent
+            found[node] = torch.zeros(channels, dtype=torch.float64)
+            continue
+        # Where another family's units are zero for their readers, they take no constant.
+        weight = zeroing(name, program.entries[name].tensor)
         found[node] = rule.folded(node, layout, weight, constants)
     return found
 
@@ -60,7 +68,7 @@ def fold_into_bias(node: fx.Node, delta: torch.Tensor, resize: Resize) -> None:
     assert isinstance(rule, Contraction)
     argument_name = rule.bias(node)
     assert argument_name is not None
-    stays = resize.mask(resize.terms(node)[_channel_axis(node, resize)])
+    stays = resize.mask(resize.terms(node)[_channel_axis(resize.layout(node))])
     if stays is not None:
         delta = delta[stays]
     edit = resize.edit
@@ -72,14 +80,11 @@ def fold_into_bias(node: fx.Node, delta: torch.Tensor, resize: Resize) -> None:
     name = info(bias).tensor if isinstance(bias, fx.Node) else None
     if isinstance(bias, fx.Node) and name is not None and len(bias.users) == 1:
         old = entries[name].tensor
-        new_bias = (old.detach().to(torch.float64) + delta.to(old.device)).to(old.dtype)
-        edit.set_tensor(name, new_bias, rewrites=False)
+        edit.set_tensor(name, _sum(delta, old, old), rewrites=False)
         return
-    value = delta.to(like.device)
-    if name is not None:
-        value = value + entries[name].tensor.detach().to(torch.float64)
+    value = _sum(delta, None if name is None else entries[name].tensor, like)
     new_name = _free_name(edit.program, weight)
-    new = edit.add_tensor(new_name, value.to(like.dtype), TensorKind.PARAMETER)
+    new = edit.add_tensor(new_name, value, TensorKind.PARAMETER)
     # What it adds is zero with the weight's rows, and the original has no such tensor to zero.
     edit.record_zeroed(new_name, 0, torch.zeros(0, dtype=torch.int64))
     if isinstance(bias, fx.Node) and name is None:
@@ -88,9 +93,18 @@ def fold_into_bias(node: fx.Node, delta: torch.Tensor, resize: Resize) -> None:
     edit.set_args(node, *with_arguments(node, {argument_name: new}))
 
 
-def _channel_axis(node: fx.Node, resize: Resize) -> int:
+def _sum(delta: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The new bias, on the device and in the dtype of another tensor."""
+    if valueless(like):
+        return like.detach().new_empty(len(delta))
+    value = delta.to(like.device)
+    if bias is not None:
+        value = value + bias.detach().to(torch.float64)
+    return value.to(like.dtype)
+
+
+def _channel_axis(layout: Layout) -> int:
     """The result's axis that the bias belongs to."""
-    layout = resize.layout(node)
     own = {letter for axis in layout.factors[1][1] for letter in axis}
     data = {letter for axis in layout.factors[0][1] for letter in axis}
     return next(i for i, axis in enumerate(layout.output) if set(axis) & (own - data))

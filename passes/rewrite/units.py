@@ -24,7 +24,14 @@ def unit_indices(term: Term, number: int) -> torch.Tensor:
             return torch.arange(term.extent)
         return torch.full((term.extent,), -1)
     if isinstance(term, Concat):
-        return torch.cat([unit_indices(piece, number) for piece in term.pieces])
+        # Dense networks have hundreds of pieces, of which a family is one.
+        result = torch.full((term.extent,), -1)
+        start = 0
+        for piece in term.pieces:
+            if not isinstance(piece, Atom) or piece.number == number:
+                result[start : start + piece.extent] = unit_indices(piece, number)
+            start += piece.extent
+        return result
     result = torch.full((1,), -1)
     for factor in term.factors:
         own = unit_indices(factor, number)

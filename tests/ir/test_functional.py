@@ -37,6 +37,12 @@ def chain(m, x):
     return y, y.sum()
 
 
+def powers(m, x):
+    y = m.linear(x).abs()
+    y.pow_(-0.5)
+    return y.pow_(x.abs())
+
+
 def through_a_view(m, x):
     y = m.linear(x)
     y.view(-1).add_(1)
@@ -148,6 +154,7 @@ def views_of_two_results(m, x):
 
 WRITES = [
     relu_,
+    powers,
     chain,
     through_a_view,
     view_read_later,
@@ -278,6 +285,27 @@ def test_regions_are_flat(function):
     program = capture(model, (R(2, 4),), dynamic_shapes="auto")
     assert all(n.op in ("placeholder", "call_function", "output") for n in program.nodes)
     assert not [n for n in program.nodes if "wrap_with" in str(n.target)]
+    x = R(3, 4)
+    torch.testing.assert_close(program.run(x), model(x), rtol=0, atol=0)
+
+
+def test_the_twin_of_an_overload_takes_the_same_arguments():
+    program = capture(Model(powers), (R(2, 4),))
+    targets = [str(n.target) for n in program.nodes if "pow" in str(n.target)]
+    assert targets == ["aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor"]
+
+
+def test_complex_views_can_be_made_of_odd_slices():
+    def rotate(m, x):
+        pairs = m.linear(x)[:, :2].unflatten(-1, (1, 2))
+        return torch.view_as_real(torch.view_as_complex(pairs) * (1 + 2j))
+
+    model = Model(rotate)
+    program = capture(model, (R(2, 4),), dynamic_shapes="auto")
+    names = [n.target for n in program.nodes if n.op == "call_function"]
+    assert names.index(torch.ops.aten.contiguous.default) < names.index(
+        torch.ops.aten.view_as_complex.default
+    )
     x = R(3, 4)
     torch.testing.assert_close(program.run(x), model(x), rtol=0, atol=0)
 

@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
+from tests.properties.random_ops import KEEPING, fitting
+from tests.properties.random_parts import Make
+from tests.properties.random_sequences import Attention, FusedAttention
 from tests.zoo.zoo_model import Inputs, randomised
 
 __all__ = ["SOURCES", "Plan", "RandomNet", "Step", "build", "inputs", "plans"]
@@ -93,7 +96,7 @@ def _draw_step(draw: Any, values: list[Value]) -> Step:
     twice = [
         i for i, v in enumerate(values) if v.kind == value.kind and i != index and v.kind != "image"
     ]
-    choices = ["unary", "unary", "norm", "linear", "linear", "residual"]
+    choices = ["unary", "unary", "norm", "linear", "linear", "residual", *["keeping"] * 6]
     if others:
         choices += ["add", "add", "mul"]
     if beside:
@@ -114,6 +117,9 @@ def _draw_step(draw: Any, values: list[Value]) -> Step:
         choices.append("tied")
     op = draw(st.sampled_from(choices))
 
+    if op == "keeping":
+        name = draw(st.sampled_from(fitting(value.kind, value.width, value.edge)))
+        return step("keeping", name=name, hidden=width, seed=draw(st.integers(0, 383)))
     wider = Value(value.kind, width, value.edge)
     half = Value(value.kind, value.width // 2, value.edge)
     match op:
@@ -379,47 +385,6 @@ class _Regroup(nn.Module):
         return F.silu(y).transpose(1, 2).reshape(x.shape[0], 2 * self.pairs)
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int, kv: int, size: int) -> None:
-        super().__init__()
-        self.heads, self.kv, self.size = heads, kv, size
-        self.q = nn.Linear(width, heads * size)
-        self.k = nn.Linear(width, kv * size)
-        self.v = nn.Linear(width, kv * size)
-        self.o = nn.Linear(heads * size, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q = self.q(x).view(b, n, self.heads, self.size).transpose(1, 2)
-        k = self.k(x).view(b, n, self.kv, self.size).transpose(1, 2)
-        v = self.v(x).view(b, n, self.kv, self.size).transpose(1, 2)
-        k = k.repeat_interleave(self.heads // self.kv, 1)
-        v = v.repeat_interleave(self.heads // self.kv, 1)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.o(y.transpose(1, 2).reshape(b, n, self.heads * self.size))
-
-
-class _FusedAttention(nn.Module):
-    def __init__(self, width: int, heads: int, size: int, layout: str) -> None:
-        super().__init__()
-        self.heads, self.size, self.layout = heads, size, layout
-        self.qkv = nn.Linear(width, 3 * heads * size)
-        self.o = nn.Linear(heads * size, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        h, d = self.heads, self.size
-        fused = self.qkv(x)
-        if self.layout == "unbind":
-            q, k, v = fused.view(b, n, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
-        elif self.layout == "chunk":
-            q, k, v = (t.view(b, n, h, d).transpose(1, 2) for t in fused.chunk(3, -1))
-        else:
-            q, k, v = fused.view(b, n, h, 3 * d).transpose(1, 2).split(d, -1)
-        y = torch.softmax(q @ k.transpose(-1, -2) * d**-0.5, -1) @ v
-        return self.o(y.transpose(1, 2).reshape(b, n, h * d))
-
-
 def _pixel_shuffle(x: Tensor) -> Tensor:
     return F.pixel_shuffle(x, 2)
 
@@ -462,6 +427,9 @@ def _module(step: Step, values: list[Value]) -> nn.Module:
     value, made, options = values[step.reads[0]], step.makes[0], step.options
     width = value.width
     match step.op:
+        case "keeping":
+            make = Make(value.kind, width, value.edge, options["hidden"], options["seed"])
+            return KEEPING[value.kind][options["name"]](make)
         case "batch_norm":
             return nn.BatchNorm2d(width)
         case "group_norm":
@@ -496,7 +464,7 @@ def _module(step: Step, values: list[Value]) -> nn.Module:
         case "regroup":
             return _Regroup(width)
         case "attention":
-            return _Attention(width, options["heads"], options["kv"], options["size"])
+            return Attention(width, options["heads"], options["kv"], options["size"])
         case "fused_attention":
-            return _FusedAttention(width, options["heads"], options["size"], options["layout"])
+            return FusedAttention(width, options["heads"], options["size"], options["layout"])
     raise AssertionError(step.op)

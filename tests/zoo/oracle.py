@@ -192,7 +192,8 @@ def check_structure(before: Program, after: Program) -> None:
             assert bool((kept[1:] > kept[:-1]).all()), f"{name}[{axis}]: kept is not ascending"
             expected = expected.index_select(axis, kept)
         assert entry.tensor.shape == expected.shape, (name, entry.tensor.shape, expected.shape)
-        if expected.dim() > 1 and name in before.parameters and "norm" not in name:
+        matrix = sum(extent > 1 for extent in expected.shape) > 1
+        if matrix and name in before.parameters and "norm" not in name:
             # Vectors may hold a fold or a correction, matrices never do.
             assert torch.equal(entry.tensor, expected), f"{name}: other values than were kept"
     values = {n.name: n.meta["val"] for n in after.tensor_nodes.values()}
@@ -250,10 +251,10 @@ def check_family(case: Captured, family: Any, units: Tensor) -> float:
         if lengths.get(key) != expected.get(key)
     }
     assert not wrong, f"elements gone and expected differ: {wrong}"
-    written = {(s.name, s.axis) for s in family.writers}
+    zeroed = {(s.name, s.axis) for s in family.zeroed or family.writers}
     for name, axes in after.zeroed.items():
         for axis, indices in axes.items():
-            assert (name, axis) in written, f"{name}[{axis}] is zeroed but not a writer"
+            assert (name, axis) in zeroed, f"{name}[{axis}] is zeroed, which nothing announced"
             assert set(indices.tolist()) == gone[name, axis], f"{name}[{axis}]: zeroed is not gone"
 
     limit = F64_LIMIT if family.exactness in EXACT else float("inf")

@@ -41,10 +41,10 @@ class Attention(Rule):
         heads = q[:-2]
         if argument(node, "enable_gqa", False) and len(q) > 2:
             repeat = divide(q[-3].extent, k[-3].extent)
-            kv_heads, repeats = ax.split(q[-3], repeat)
+            # What is left of a group still divides into groups, so either factor may shrink.
+            kv_heads, _ = ax.split(q[-3], repeat)
             ax.unify(kv_heads, k[-3])
             ax.unify(k[-3], v[-3])
-            ax.pin(repeats, "attention pairs this many query heads with each key head")
             heads = (*ax.broadcast([q[:-3], k[:-3], v[:-3]], len(q) - 3), q[-3])
         else:
             rank = max(len(t) for t in (q, k, v)) - 2

@@ -34,10 +34,12 @@ class Filled(Rule):
     Attributes:
         constant: The value; None if it is the ``fill_value`` argument.
         sizes: Name of the size argument.
+        name: Name of the argument with the value. Without one, as for ``empty``, nothing is known.
     """
 
     constant: float | None = None
     sizes: str = "size"
+    name: str = "fill_value"
 
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """Every axis is new."""
@@ -47,7 +49,7 @@ class Filled(Rule):
         """The value that it is filled with."""
         value: Any = self.constant
         if value is None:
-            value = argument(node, "fill_value")
+            value = argument(node, self.name)
         if not isinstance(value, int | float):
             return UNKNOWN
         return Value(float(value)) if math.isfinite(value) else SINGULAR

@@ -1,4 +1,4 @@
-"""Normalisations with their parameters: layer, RMS, batch and group norm."""
+"""Normalisations with their parameters: layer, RMS, batch and instance norm."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from torchlathe.ir.axes.extents import divide, same
+from torchlathe.ir.axes.extents import same
 from torchlathe.ir.axes.rule import (
     UNKNOWN,
     ZERO,
-    Layout,
     Rule,
     Terms,
     Value,
@@ -21,7 +20,6 @@ from torchlathe.ir.axes.rule import (
     with_arguments,
 )
 from torchlathe.ir.axes.rules.reduction import correct_means
-from torchlathe.ir.axes.terms import ONE, Term
 from torchlathe.ir.extents import expression
 from torchlathe.ir.provenance import info
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from torchlathe.ir.axes.inference import Inference
     from torchlathe.ir.axes.resize import Resize
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "affine_value"]
 
 aten = torch.ops.aten
 
@@ -191,9 +189,6 @@ class BatchNorm(Rule):
             if operand is not node.args[0]:
                 for own in ax.terms(operand):
                     ax.unify(terms[1], own)
-        training = argument(node, "training", False) or argument(node, "train", False)
-        if training:
-            ax.pin_all((terms[0], *terms[2:]), "batch statistics are taken over it")
         values = node.meta["val"]
         if isinstance(values, torch.Tensor):
             return terms
@@ -201,13 +196,17 @@ class BatchNorm(Rule):
         return [terms, *((terms[1],) if v.numel() else (ax.fresh(0),) for v in values[1:])]
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
-        """A channel with zero scale and shift is zero, whatever its statistics."""
+        """A channel with zero scale and shift is zero, and so is one of zeros by its own mean."""
+        training = argument(node, "training", False) or argument(node, "train", False)
         rank = len(flow.index.axes(node.args[0]))  # type: ignore[arg-type]
         row: list[Value | None] = [None] * rank
         for axis in range(rank):
-            if not flow.on(node.args[0], axis):  # type: ignore[arg-type]
-                continue
-            row[axis] = affine_value(node, flow, 0, normalised=UNKNOWN) if axis == 1 else UNKNOWN
+            value = flow.value(node.args[0], axis)  # type: ignore[arg-type]
+            if value is not None:
+                plain = ZERO if training and value.is_zero else UNKNOWN
+                row[axis] = affine_value(node, flow, 0, normalised=plain) if axis == 1 else UNKNOWN
+                if training and axis != 1:
+                    flow.lose(node, "batch statistics are taken over it")
         if isinstance(node.meta["val"], torch.Tensor):
             return tuple(row)
         unknown = flow.unknown(node)
@@ -240,47 +239,3 @@ class InstanceNorm(BatchNorm):
             else:
                 row.append(UNKNOWN)
         return tuple(row)
-
-
-class GroupNorm(Rule):
-    """``group_norm``: whole groups can go; channels inside a group share its statistics."""
-
-    def infer(self, node: fx.Node, ax: Inference) -> Terms:
-        """``channels = groups x channels per group``."""
-        terms = list(ax.terms(node.args[0]))
-        groups = argument(node, "num_groups")
-        channels = terms[1]
-        ax.pin_all(terms[2:], "group norm takes its statistics over it")
-        inner = divide(channels.extent, groups)
-        outer: Term = ONE
-        rest = channels
-        if inner != 1:
-            if groups != 1:
-                outer, rest = ax.split(channels, inner)
-            ax.pin(rest, "group norm takes its statistics over it")
-        else:
-            outer = channels
-        for name in ("weight", "bias"):
-            parameter = argument(node, name)
-            if isinstance(parameter, fx.Node):
-                ax.unify(channels, ax.terms(parameter)[0])
-        ax.layouts[node] = Layout(letters={"g": outer})
-        return tuple(terms)
-
-    def flow(self, node: fx.Node, flow: Flow) -> Values:
-        """A group with zero scale and shift is zero."""
-        rank = flow.rank(node)
-        row: list[Value | None] = [None] * rank
-        for axis in range(rank):
-            if flow.on(node, axis):
-                row[axis] = (
-                    affine_value(node, flow, 0, normalised=UNKNOWN) if axis == 1 else UNKNOWN
-                )
-        return tuple(row)
-
-    def resize(self, node: fx.Node, resize: Resize) -> None:
-        """The number of groups."""
-        groups = argument(node, "num_groups")
-        new = resize.extent(resize.layout(node).letters["g"])
-        if new != groups and groups != 1:
-            resize.edit.set_args(node, *with_arguments(node, {"num_groups": new}))

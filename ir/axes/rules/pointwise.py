@@ -10,13 +10,15 @@ import torch
 from torch import fx
 
 from torchlathe.ir.axes.inference import is_one
-from torchlathe.ir.axes.rule import SINGULAR, UNKNOWN, ZERO, Rule, Terms, Value, Values
+from torchlathe.ir.axes.rule import SINGULAR, UNKNOWN, ZERO, Rule, Terms, Value, Values, argument
 
 if TYPE_CHECKING:
     from torchlathe.ir.axes.flow import Flow
     from torchlathe.ir.axes.inference import Inference
 
 __all__ = ["PReLU", "Pointwise", "evaluate"]
+
+_RANDOM = torch.Tag.nondeterministic_seeded
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Pointwise(Rule):
         if self.zero == "identity":
             assert isinstance(source, fx.Node)
             dtype = node.meta["val"].dtype
-            return tuple(_cast(flow.value(source, axis), dtype) for axis in range(rank))
+            passed = [_cast(flow.value(source, axis), dtype) for axis in range(rank)]
+            return tuple(_dropped(node, value) for value in passed)
         out: list[Value | None] = []
         for axis in range(rank):
             if not flow.on(node, axis):
@@ -80,6 +83,14 @@ class Pointwise(Rule):
         return evaluate(node, {n: v for n, v in values.items() if v is not None})
 
 
+def _dropped(node: fx.Node, value: Value | None) -> Value | None:
+    """Active dropout keeps zeros, and makes other constants random; alpha dropout moves zeros."""
+    if value is None or not argument(node, "train", False):
+        return value
+    moved = "alpha" in node.target._schema.name  # type: ignore[union-attr]
+    return value if value.is_zero and not moved else UNKNOWN
+
+
 def _cast(value: Value | None, dtype: torch.dtype) -> Value | None:
     """What a constant is in another dtype: one half is 0 as an integer, and 1 as a bool."""
     if value is None or not value.constant or dtype.is_floating_point or dtype.is_complex:
@@ -90,7 +101,8 @@ def _cast(value: Value | None, dtype: torch.dtype) -> Value | None:
 def evaluate(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     """Run the op on constants; unknown unless all are known, singular if it has no finite value."""
     constants = {n: v.constant for n, v in values.items()}
-    if any(c is None for c in constants.values()):
+    tags = getattr(node.target, "tags", ())
+    if any(c is None or (c and _RANDOM in tags) for c in constants.values()):
         return UNKNOWN
 
     def constant(used: fx.Node) -> torch.Tensor:

@@ -12,7 +12,6 @@ from torch import fx
 
 from torchlathe.ir.axes.extents import is_static
 from torchlathe.ir.axes.rule import UNKNOWN, ZERO, Layout, Rule, Terms, Value, Values, argument
-from torchlathe.ir.axes.rules.shaping import zeros_or_unknown
 from torchlathe.ir.axes.terms import ONE, Term
 
 if TYPE_CHECKING:
@@ -24,6 +23,10 @@ __all__ = ["AlongAxis", "Reduce", "correct_means", "reduced_axes"]
 
 _MUL = torch.ops.aten.mul.Tensor
 _ADD = torch.ops.aten.add.Tensor
+_SQRT = torch.ops.aten.sqrt.default
+_CLAMP_MIN = torch.ops.aten.clamp_min.default
+_CLAMP_MAX = torch.ops.aten.clamp_max.default
+_VAR_MEAN = torch.ops.aten.var_mean.correction
 
 
 def reduced_axes(node: fx.Node, rank: int) -> set[int]:
@@ -35,17 +38,26 @@ def reduced_axes(node: fx.Node, rank: int) -> set[int]:
     return {d % rank for d in chosen} if rank else set()
 
 
+Kind = Literal[
+    "sum", "mean", "var_mean", "std_mean", "var", "std", "extremum", "logsumexp", "other"
+]
+_SPREADS = ("var_mean", "std_mean", "var", "std")
+_MAXIMA = ("aten::amax", "aten::max")
+_MINIMA = ("aten::amin", "aten::min")
+
+
 @dataclass(frozen=True)
 class Reduce(Rule):
     """A reduction over some axes, with one or several results.
 
     Attributes:
-        kind: "sum" ignores zeros; "mean" and "var_mean" are made up for by a divisor; with
-            "extremum" and "other" leaving out even zeros changes the result. Along other axes,
-            sums, means and the values of extrema of zeros are zero.
+        kind: "sum" ignores zeros (as norms do); means and variances are made up for by a divisor,
+            a maximum or minimum by comparing with zero, and "logsumexp" by adding the zeros' ones;
+            with a median and "other" leaving out even zeros changes the result. Along other axes
+            zeros stay zero but for "logsumexp" and "other".
     """
 
-    kind: Literal["sum", "mean", "var_mean", "extremum", "other"] = "other"
+    kind: Kind = "other"
 
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """The axes that stay, with `ONE` where ``keepdim`` asks for it."""
@@ -76,14 +88,19 @@ class Reduce(Rule):
             if value is not None:
                 self._lost(node, value, flow)
         kept = [v for a in range(rank) if a not in reduced and (v := flow.value(source, a))]
-        keeps = self.kind in ("sum", "mean", "extremum") and all(v.is_zero for v in kept)
+        keeps = self.kind not in ("logsumexp", "other") and all(v.is_zero for v in kept)
         passed = ZERO if keeps else UNKNOWN
-        if self.kind == "mean" and len(kept) == 1:
+        if self.kind in ("mean", "extremum") and len(kept) == 1:
             passed = kept[0]
         number = flow.atom.number
         rows = [
-            # Only the first result has values; those of the others are positions.
-            tuple((UNKNOWN if place else passed) if number in axis else None for axis in row)
+            # The second result of an extremum is positions.
+            tuple(
+                (UNKNOWN if place and self.kind not in _SPREADS else passed)
+                if number in axis
+                else None
+                for axis in row
+            )
             for place, row in enumerate(flow.index.results(node))
         ]
         return rows if isinstance(node.meta["val"], list | tuple) else rows[0]
@@ -93,41 +110,48 @@ class Reduce(Rule):
         return reduced_axes(node, operand.meta["val"].dim())
 
     def _lost(self, node: fx.Node, value: Value, flow: Flow) -> None:
+        """What it takes to leave out these indices of a reduced axis."""
         if not value.is_zero:
             flow.lose(node, "it reduces over indices that are not zero")
-        elif self.kind == "sum" and _order(node) < 0:
-            flow.lose(node, "even zeros take part in a norm of negative order")
-        elif self.kind == "var_mean" and _unbiased(node) and not self._static(node, flow):
-            flow.lose(node, "how many elements the variance is over is dynamic")
-        elif self.kind in ("mean", "var_mean"):
+        elif self.kind == "sum":
+            if _order(node) < 0:
+                flow.lose(node, "even zeros take part in a norm of negative order")
+        elif self.kind == "mean":
             flow.correct(node, "the mean still counts the erased zeros")
-        elif self.kind in ("extremum", "other"):
+        elif self.kind in _SPREADS:
+            if _unbiased(node) and not self._static(node, flow):
+                flow.lose(node, "how many elements the variance is over is dynamic")
+            else:
+                flow.correct(node, "the variance still counts the erased zeros")
+        elif self.kind == "extremum" and _comparable(node):
+            flow.correct(node, "it still counts the erased zeros as candidates")
+        elif self.kind == "logsumexp" and self._static(node, flow):
+            flow.correct(node, "the sum still counts the erased zeros, as ones")
+        else:
             flow.lose(node, "even zeros take part in this reduction")
 
     def resize(self, node: fx.Node, resize: Resize) -> None:
-        """Keep the divisor that counts the erased zeros."""
-        if node not in resize.corrected or self.kind not in ("mean", "var_mean"):
+        """Keep what the erased zeros added."""
+        if node not in resize.corrected:
             return
         source = node.args[0]
         assert isinstance(source, fx.Node)
         terms = resize.terms(source)
+        reduced = reduced_axes(node, len(terms))
         share = 1.0
-        for axis in reduced_axes(node, len(terms)):
+        for axis in reduced:
             share *= resize.share(terms[axis])
         if share == 1.0:
             return
-        if self.kind == "var_mean" and (less := _unbiased(node)):
-            # The biased variance is corrected, and then divided by one less.
-            count = math.prod(terms[a].extent for a in reduced_axes(node, len(terms)))
-            first = resize.axis_map.results(node)[0] or ()
-            edit = resize.edit
-            edit.set_target(node, torch.ops.aten.var_mean.correction)
-            keepdim = len(first) == len(terms)
-            dims = sorted(reduced_axes(node, len(terms)))
-            edit.set_args(node, (source, dims), {"correction": 0, "keepdim": keepdim})
-            correct_means(node, share, resize, self.kind, scale=count / max(count - less, 0))
-            return
-        correct_means(node, share, resize, self.kind)
+        if self.kind == "mean":
+            correct_means(node, share, resize, "mean")
+        elif self.kind in _SPREADS:
+            _Spread(node, resize).correct(share, self.kind)
+        elif self.kind == "extremum":
+            _compare_with_zero(node, resize)
+        else:
+            all_of_them = math.prod(terms[a].extent for a in reduced)
+            _add_ones(node, resize, round(all_of_them * (1 - share)))
 
     @staticmethod
     def _static(node: fx.Node, flow: Flow) -> bool:
@@ -148,6 +172,78 @@ def _unbiased(node: fx.Node) -> float:
         return float(bool(argument(node, "unbiased", True)))
     found: Any = argument(node, "correction")
     return 1.0 if found is None else float(found)
+
+
+def _comparable(node: fx.Node) -> bool:
+    """Whether it is a maximum or minimum of numbers whose positions nothing asks for."""
+    if node.target._schema.name not in (*_MAXIMA, *_MINIMA):  # type: ignore[union-attr]
+        return False
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        return value.dtype != torch.bool
+    values_alone = all(u.target is operator.getitem and u.args[1] == 0 for u in node.users)
+    return values_alone and value[0].dtype != torch.bool
+
+
+def _compare_with_zero(node: fx.Node, resize: Resize) -> None:
+    """``max(x', 0)`` is the maximum of what is left and of the erased zeros."""
+    name = node.target._schema.name  # type: ignore[union-attr]
+    target = _CLAMP_MIN if name in _MAXIMA else _CLAMP_MAX
+    several = not isinstance(node.meta["val"], torch.Tensor)
+    for result in list(node.users) if several else [node]:
+        new = resize.edit.call(target, (result, 0), like=result)
+        resize.edit.replace(result, new)
+
+
+def _add_ones(node: fx.Node, resize: Resize, count: int) -> None:
+    """``log(exp(x') + count)``: each erased zero added ``exp(0)``."""
+    edit = resize.edit
+    ones = edit.call(torch.ops.aten.full_like.default, (node, math.log(count)), like=node)
+    users = [user for user in node.users if user is not ones]
+    new = edit.call(torch.ops.aten.logaddexp.default, (node, ones), like=ones)
+    edit.replace(node, new, users)
+
+
+class _Spread:
+    """A variance or a deviation, rewritten as moments that can be corrected."""
+
+    def __init__(self, node: fx.Node, resize: Resize) -> None:
+        self.node, self.resize, self.edit = node, resize, resize.edit
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        terms = resize.terms(source)
+        self.dims = sorted(reduced_axes(node, len(terms)))
+        first = resize.axis_map.results(node)[0] or ()
+        self.arguments = (
+            (source, self.dims),
+            {
+                "correction": 0,
+                "keepdim": len(first) == len(terms) and bool(terms),
+            },
+        )
+        self.scale = 1.0
+        if less := _unbiased(node):
+            # The biased variance is corrected, and then divided by one less.
+            count = math.prod(terms[a].extent for a in self.dims)
+            self.scale = count / (count - less) if count > less else math.nan
+
+    def correct(self, share: float, kind: str) -> None:
+        """Moments in place of the node, and corrected."""
+        edit, node = self.edit, self.node
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            return edit.call(target, args, kwargs, like=node, before=node)
+
+        args, kwargs = self.arguments
+        moments = call(_VAR_MEAN, *args, **kwargs)
+        var, mean = call(operator.getitem, moments, 0), call(operator.getitem, moments, 1)
+        spread = call(_SQRT, var) if kind in ("std", "std_mean") else var
+        if kind in ("var", "std"):
+            edit.replace(node, spread)
+        else:
+            for taken in list(node.users):
+                edit.replace(taken, mean if taken.args[1] else spread)
+        correct_means(moments, share, self.resize, "var_mean", scale=self.scale)
 
 
 def correct_means(
@@ -185,7 +281,8 @@ class AlongAxis(Rule):
     """Ops that compute along one axis and keep the shape: ``softmax``, ``cumsum``.
 
     Attributes:
-        linear: Whether zeros along other axes stay zero.
+        linear: Whether zeros add nothing to the other indices, and zeros along other axes stay
+            zero.
     """
 
     linear: bool = False
@@ -202,8 +299,13 @@ class AlongAxis(Rule):
         assert isinstance(source, fx.Node)
         rank = flow.rank(source)
         for axis in reduced_axes(node, rank):
-            if flow.value(source, axis) is not None:
+            value = flow.value(source, axis)
+            if value is not None and not (self.linear and value.is_zero):
                 flow.lose(node, "every index along this axis takes part in it")
-        if self.linear:
-            return zeros_or_unknown(node, flow)
-        return flow.unknown(node)
+        if not self.linear:
+            return flow.unknown(node)
+        along = reduced_axes(node, rank)
+        return tuple(
+            None if value is None else ZERO if value.is_zero and axis not in along else UNKNOWN
+            for axis, value in ((a, flow.value(source, a)) for a in range(rank))
+        )

@@ -10,7 +10,16 @@ import torch
 from torch import fx
 
 from torchlathe.ir.axes.inference import is_one
-from torchlathe.ir.axes.rule import Rule, Terms, Values, argument, with_arguments
+from torchlathe.ir.axes.rule import (
+    UNKNOWN,
+    Rule,
+    Terms,
+    Value,
+    Values,
+    argument,
+    join,
+    with_arguments,
+)
 from torchlathe.ir.axes.terms import ONE, Term
 
 if TYPE_CHECKING:
@@ -27,6 +36,8 @@ __all__ = [
     "Squeeze",
     "Structural",
     "Unsqueeze",
+    "first_operand",
+    "from_right",
     "zeros_or_unknown",
 ]
 
@@ -37,6 +48,33 @@ class Structural(Rule):
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """The values of where the elements came from."""
         return flow.structural(node)
+
+
+def first_operand(node: fx.Node, flow: Flow) -> Values:
+    """What the first operand holds, where the others only give places or sizes."""
+    sources: Any = node.args[0]
+    operands = sources if isinstance(sources, list | tuple) else [sources]
+    found = [v for operand in operands for v in flow.values(operand)]
+    value = join(found) if found else UNKNOWN
+
+    def row(values: tuple[Value | None, ...]) -> tuple[Value | None, ...]:
+        return tuple(None if v is None else value for v in values)
+
+    unknown = flow.unknown(node)
+    return [row(r) for r in unknown] if isinstance(unknown, list) else row(unknown)
+
+
+def from_right(node: fx.Node, flow: Flow) -> Values:
+    """Per axis what the first operand holds there, aligned at the right; new axes unknown."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    lead = flow.rank(node) - flow.rank(source)
+    unknown = flow.unknown(node)
+    assert isinstance(unknown, tuple)
+    return tuple(
+        value if value is None or axis < lead else flow.value(source, axis - lead) or value
+        for axis, value in enumerate(unknown)
+    )
 
 
 def zeros_or_unknown(node: fx.Node, flow: Flow) -> Values:
@@ -177,15 +215,7 @@ class Expand(Structural):
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
         """``expand_as`` reads only the shape of its second argument."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        lead = flow.rank(node) - flow.rank(source)
-        unknown = flow.unknown(node)
-        assert isinstance(unknown, tuple)
-        return tuple(
-            value if value is None or axis < lead else flow.value(source, axis - lead) or value
-            for axis, value in enumerate(unknown)
-        )
+        return from_right(node, flow)
 
     def resize(self, node: fx.Node, resize: Resize) -> None:
         """The new sizes."""
@@ -197,19 +227,30 @@ class Expand(Structural):
             resize.edit.set_args(node, *with_arguments(node, {self.sizes: new}))
 
 
+@dataclass(frozen=True)
 class Repeat(Structural):
-    """``repeat``: the copies are an outer factor of their own."""
+    """``repeat`` and ``tile``: the copies are an outer factor of their own.
+
+    Attributes:
+        repeats: Name of the argument with the numbers of copies.
+    """
+
+    repeats: str = "repeats"
 
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """``repeat x axis``; the number of copies is fixed."""
-        repeats: Any = argument(node, "repeats")
+        repeats: Any = argument(node, self.repeats)
         terms = ax.terms(node.args[0])
+        # Only tile may name fewer axes than there are.
+        repeats = [1] * (len(terms) - len(repeats)) + list(repeats)
         lead = len(repeats) - len(terms)
         out = []
         for axis, (count, extent) in enumerate(zip(repeats, ax.shape(node), strict=True)):
             term = terms[axis - lead] if axis >= lead else ONE
             if isinstance(count, int) and count == 1:
                 out.append(term)
+            elif isinstance(count, int) and is_one(term):
+                out.append(ax.fresh(count))  # equal copies, of which any may go
             elif isinstance(count, int):
                 copies = ax.fresh(count)
                 ax.pin(copies, "it numbers the copies of a repeat")
@@ -220,6 +261,25 @@ class Repeat(Structural):
                 out.append(ax.fresh(extent))
                 ax.pin(out[-1], reason)
         return tuple(out)
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """Each axis has what it had before."""
+        return from_right(node, flow)
+
+    def resize(self, node: fx.Node, resize: Resize) -> None:
+        """The numbers of copies, where those are units."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        repeats: Any = argument(node, self.repeats)
+        terms, before = resize.terms(node), resize.terms(source)
+        new = list(repeats)
+        for place, count in enumerate(repeats):
+            axis = place + len(terms) - len(repeats)
+            own = axis - len(terms) + len(before)
+            if isinstance(count, int) and (own < 0 or is_one(before[own])):
+                new[place] = resize.extent(terms[axis])
+        if new != list(repeats):
+            resize.edit.set_args(node, *with_arguments(node, {self.repeats: new}))
 
 
 class RepeatInterleave(Structural):
@@ -235,7 +295,31 @@ class RepeatInterleave(Structural):
             ax.pin_all(fresh, "it is repeated by the values of a tensor, or flattened first")
             return fresh
         copies = ax.fresh(repeats)
-        ax.pin(copies, "it numbers the copies of a repeat")
         dim %= len(terms)
+        if not is_one(terms[dim]):
+            ax.pin(copies, "it numbers the copies of a repeat")
         terms[dim] = ax.solver.product((terms[dim], copies))
         return tuple(terms)
+
+    def flow(self, node: fx.Node, flow: Flow) -> Values:
+        """Each axis has what it had before."""
+        if argument(node, "dim") is None:
+            return flow.unknown(node)
+        return from_right(node, flow)
+
+    def resize(self, node: fx.Node, resize: Resize) -> None:
+        """The number of copies, where those are units, and the size that is announced."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        terms, repeats, dim = resize.terms(node), argument(node, "repeats"), argument(node, "dim")
+        if not isinstance(repeats, int) or dim is None:
+            return
+        if not resize.touched(terms[dim]):
+            return
+        new = {}
+        if is_one(resize.terms(source)[dim]):
+            new["repeats"] = resize.extent(terms[dim])
+        if argument(node, "output_size") is not None:
+            new["output_size"] = resize.extent(terms[dim])
+        if new:
+            resize.edit.set_args(node, *with_arguments(node, new))

@@ -1,7 +1,8 @@
-"""Ops that cut and join along an axis, or pick from it."""
+"""Ops that cut and join along an axis."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +23,7 @@ __all__ = [
     "Cat",
     "GatedHalves",
     "GetItem",
-    "Index",
     "Narrow",
-    "Pad",
-    "PinnedAxis",
     "Select",
     "Slice",
     "Split",
@@ -149,13 +147,25 @@ class Select(Structural):
         return tuple(terms)
 
 
+@dataclass(frozen=True)
 class Split(Structural):
-    """``split``, ``chunk``, ``split_with_sizes``, ``tensor_split``, ``unbind``."""
+    """``split``, ``chunk``, ``split_with_sizes``, ``tensor_split``, ``unbind``, ``hsplit``.
+
+    Attributes:
+        axis: The axis, where the op does not name it; None where it does.
+    """
+
+    axis: int | None = None
+
+    def _dim(self, node: fx.Node, rank: int) -> int:
+        if self.axis is not None:
+            return min(self.axis, rank - 1)
+        return int(argument(node, "dim", 0)) % rank
 
     def infer(self, node: fx.Node, ax: Inference) -> Terms:
         """One piece of the axis for each result."""
         terms = list(ax.terms(node.args[0]))
-        dim = argument(node, "dim", 0) % len(terms)
+        dim = self._dim(node, len(terms))
         values = node.meta["val"]
         if node.target._schema.name == "aten::unbind":  # type: ignore[union-attr]
             ax.pin(terms.pop(dim), "single indices of it are taken")
@@ -175,7 +185,7 @@ class Split(Structural):
         if node.target._schema.name == "aten::unbind":  # type: ignore[union-attr]
             return
         terms = resize.terms(source)
-        dim = argument(node, "dim", 0) % len(terms)
+        dim = self._dim(node, len(terms))
         if not resize.touched(terms[dim]):
             return
         sizes = [resize.extent(r[dim]) for r in resize.axis_map.results(node) if r is not None]
@@ -241,107 +251,3 @@ class Stack(Structural):
         ax.pin(new, "its indices are the operands of a stack")
         out.insert(dim, new)
         return tuple(out)
-
-
-class PinnedAxis(Structural):
-    """Ops that depend on the order of the indices along some axes: ``roll``, ``flip``, ``sort``.
-
-    All other axes pass through.
-    """
-
-    def __init__(self, names: tuple[str, ...], reason: str) -> None:
-        self.names = names
-        self.reason = reason
-
-    def infer(self, node: fx.Node, ax: Inference) -> Terms:
-        """The same terms, some of them pinned."""
-        terms = ax.terms(node.args[0])
-        dims: list[int] = []
-        for name in self.names:
-            found: Any = argument(node, name)
-            dims += found if isinstance(found, list | tuple) else [] if found is None else [found]
-        chosen = {d % len(terms) for d in dims} if dims else set(range(len(terms)))
-        ax.pin_all([terms[d] for d in chosen], self.reason)
-        values = node.meta["val"]
-        if isinstance(values, torch.Tensor):
-            return self._result(ax, terms, values, chosen)
-        return [self._result(ax, terms, v, chosen) for v in values]
-
-    def flow(self, node: fx.Node, flow: Flow) -> Values:
-        """Values change places; what ``sort`` and its like say about places is not known."""
-        values = node.meta["val"]
-        moved, unknown = flow.structural(node), flow.unknown(node)
-        if isinstance(values, torch.Tensor):
-            return moved if values.dtype == node.args[0].meta["val"].dtype else unknown  # type: ignore[union-attr]
-        return [moved[0], *unknown[1:]]
-
-    def _result(
-        self, ax: Inference, terms: tuple[Term, ...], value: torch.Tensor, chosen: set[int]
-    ) -> tuple[Term, ...]:
-        """Axes that changed their extent (``topk``) are new and fixed."""
-        out = []
-        for axis, (term, dim) in enumerate(zip(terms, value.shape, strict=True)):
-            if axis in chosen and not same(expression(dim), term.extent):
-                term = ax.fresh(dim)
-                ax.pin(term, self.reason)
-            out.append(term)
-        return tuple(out)
-
-
-class Pad(Structural):
-    """``pad``: padded axes are fixed."""
-
-    def infer(self, node: fx.Node, ax: Inference) -> Terms:
-        """Axes that change are new and fixed; the others pass through."""
-        out = []
-        for term, extent in zip(ax.terms(node.args[0]), ax.shape(node), strict=True):
-            if same(term.extent, extent):
-                out.append(term)
-                continue
-            ax.pin(term, "it is padded")
-            new = ax.fresh(extent)
-            ax.pin(new, "it is padded")
-            out.append(new)
-        return tuple(out)
-
-    def flow(self, node: fx.Node, flow: Flow) -> Values:
-        """Along another axis, padding a zero with zeros gives zeros."""
-        if argument(node, "value") in (None, 0, 0.0):
-            return zeros_or_unknown(node, flow)
-        return flow.unknown(node)
-
-
-class Index(Structural):
-    """``x[i, :, j]`` with index tensors: the indexed axes are fixed, the others pass through."""
-
-    def infer(self, node: fx.Node, ax: Inference) -> Terms:
-        """Index axes broadcast and stand where the first of them was, or in front."""
-        terms = ax.terms(node.args[0])
-        indices: Any = list(argument(node, "indices"))
-        rank = len(terms)
-        if any(i is not None and i.meta["val"].dtype == torch.bool for i in indices):
-            ax.pin_all(terms, "it is indexed by a mask")
-            fresh = ax.fresh_results(node)
-            assert isinstance(fresh, tuple)
-            ax.pin_all(fresh, "it is indexed by a mask")
-            return fresh
-        indices += [None] * (rank - len(indices))
-        places = [axis for axis, i in enumerate(indices) if i is not None]
-        ax.pin_all([terms[axis] for axis in places], "it is indexed by the values of a tensor")
-        rows = [ax.terms(i) for i in indices if i is not None]
-        index_terms = ax.broadcast(rows, max(len(row) for row in rows))
-        rest = [t for axis, t in enumerate(terms) if indices[axis] is None]
-        together = places == list(range(places[0], places[-1] + 1))
-        at = places[0] if together else 0
-        return (*rest[:at], *index_terms, *rest[at:])
-
-    def flow(self, node: fx.Node, flow: Flow) -> Values:
-        """What is picked from; the index tensors hold positions, not values."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        values = flow.values(source)
-        unknown = flow.unknown(node)
-        assert isinstance(unknown, tuple)
-        if len(values) != 1:
-            return unknown
-        return tuple(None if v is None else values[0] for v in unknown)

@@ -14,13 +14,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from torchlathe.ir import Program, capture
 from torchlathe.ir.axes import UNKNOWN, ZERO, Atom, AtomIndex, AxisTerms, Flow, Resize, rule_of
 
-__all__ = ["Check", "Op", "captured", "check_op", "free_atoms", "terms_fit"]
+__all__ = [
+    "Case",
+    "Check",
+    "Op",
+    "captured",
+    "case",
+    "check_case",
+    "check_op",
+    "free_atoms",
+    "terms_fit",
+]
 
 OUTPUT = "it is an axis of an output of the model"
 
@@ -57,6 +68,34 @@ class Check:
     free: int
     lossless: int
     claims: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        name: Test id.
+        function: Of the operands.
+        operands: Shapes of random float64 tensors, or tensors.
+        free: How many atoms nothing pins.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+    free: int
+
+
+def case(name: str, free: int, function: Callable[..., Any], *operands: Any) -> Any:
+    return pytest.param(Case(name, function, operands, free), id=name)
+
+
+def check_case(op: Case) -> Check:
+    """Hold a call to what its rules claim, and to how many atoms they leave free."""
+    check = check_op(op.function, *op.operands)
+    assert check.free == op.free, [str(a) for a in free_atoms(captured(op.function, *op.operands))]
+    return check
 
 
 def captured(function: Callable[..., Any], *operands: Any) -> Program:
@@ -160,7 +199,9 @@ def _check_atom(
     out_terms = _output_terms(program)
     resize_for_outputs = Resize(axis_map, {number: mask}, None)  # type: ignore[arg-type]
     out_masks = [[resize_for_outputs.mask(t) for t in terms] for terms in out_terms]
-    _erase(program, number, mask, frozenset(flow.corrections), index)
+    before = {name: entry.tensor for name, entry in program.entries.items()}
+    twin = {name: zero(name, tensor) for name, tensor in before.items()}
+    _erase(program, number, mask, frozenset(flow.corrections), index, twin)
     with torch.no_grad():
         got = _run(program, None, {})
     assert len(got) == len(wanted)
@@ -218,12 +259,17 @@ def _check_values(flow: Flow, axis_map: Any, kept: Any, seen: dict[fx.Node, Any]
 
 
 def _erase(
-    program: Program, number: int, mask: Tensor, corrected: frozenset[fx.Node], index: AtomIndex
+    program: Program,
+    number: int,
+    mask: Tensor,
+    corrected: frozenset[fx.Node],
+    index: AtomIndex,
+    twin: dict[str, Tensor],
 ) -> None:
     """As ``erase_units`` does it, with an atom that only the output pins."""
     axis_map = index.axis_map
     with program.edit("test") as edit:
-        resize = Resize(axis_map, {number: mask}, edit, corrected)
+        resize = Resize(axis_map, {number: mask}, edit, corrected, twin.__getitem__)
         for name, node in program.tensor_nodes.items():
             keep = {
                 axis: m.nonzero().flatten()
