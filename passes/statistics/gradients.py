@@ -1,0 +1,178 @@
+"""Gradients of the loss with respect to parameters, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torchlathe.ir import InputError, PreconditionError, Program
+from torchlathe.ir.interpreting import run_flat
+from torchlathe.passes.base import PassContext
+from torchlathe.passes.statistics.running import flat_batches, need_data
+
+__all__ = ["GradientMoments", "Gradients", "collect_gradients", "stream_gradients"]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one batch.
+
+    Attributes:
+        loss: Value of the loss.
+        values: Per parameter, the gradient; parameters that the loss does not depend on have
+            none.
+    """
+
+    loss: float
+    values: Mapping[str, torch.Tensor]
+
+
+@dataclass
+class GradientMoments:
+    """Sums over batches of one parameter's gradient, in its shape; float32 or wider.
+
+    Attributes:
+        count: Number of batches (of samples, if taken one by one).
+        total: Sum of the gradients.
+        squares: Sum of their squares: with ``count``, the diagonal of the empirical Fisher.
+    """
+
+    count: int
+    total: torch.Tensor
+    squares: torch.Tensor
+
+
+def stream_gradients(
+    program: Program,
+    ctx: PassContext,
+    names: Iterable[str] | None = None,
+    *,
+    per_sample: bool = False,
+) -> Iterator[Gradients]:
+    """Gradients of each batch in turn; only those of one batch are alive at a time.
+
+    The graph runs node by node under autograd, on copies of no tensor; the caller's parameters
+    get no ``.grad``. The loss is ``ctx.loss(outputs, batch)``, or the model's own where its
+    outputs have a ``loss`` (as transformers models have when labels are among their inputs).
+
+    Args:
+        program: What to run.
+        ctx: The batches and the loss.
+        names: Parameters to differentiate by; by default all floating ones.
+        per_sample: Take each batch apart along its first axis; the program must take batches of
+            one.
+
+    Raises:
+        PreconditionError: There is no loss, or a loss but no batches to compute it on.
+        InputError: The loss is not a scalar that depends on the parameters, or a batch does not
+            fit the program.
+    """
+    wanted = set(program.parameters if names is None else names)
+    wanted = {n for n in wanted if program.entries[n].tensor.is_floating_point()}
+    _check(program, ctx)
+    number = 0
+    for batch, flat in flat_batches(program, ctx):
+        for part, inputs in _samples(batch, flat) if per_sample else [(batch, flat)]:
+            number += 1
+            ctx.report(f"gradients: {'sample' if per_sample else 'batch'} {number}")
+            yield _gradients(program, ctx, part, inputs, wanted)
+
+
+def _check(program: Program, ctx: PassContext) -> None:
+    if ctx.loss is None:
+        if "loss" not in str(program.out_spec):
+            ctx.need("loss", "gradients are those of a loss, and the outputs hold none")
+        need_data(ctx, "the gradients are those of the model's own loss on them")
+    else:
+        ctx.need("calibration", "the loss is computed on batches")
+
+
+def _gradients(
+    program: Program, ctx: PassContext, batch: Any, flat: list[Any], wanted: set[str]
+) -> Gradients:
+    leaves: dict[str, torch.Tensor] = {}
+
+    def leaf(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in wanted:
+            return tensor.detach()
+        if name not in leaves:
+            detached = tensor.clone() if tensor.is_inference() else tensor.detach()
+            leaves[name] = detached.requires_grad_(True)
+        return leaves[name]
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        outputs = program.unflatten_outputs(run_flat(program, flat, replace_tensor=leaf))
+        loss = _loss(ctx, outputs, batch)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    gradients = {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
+    return Gradients(float(loss.detach()), gradients)
+
+
+def _loss(ctx: PassContext, outputs: Any, batch: Any) -> torch.Tensor:
+    if ctx.loss is not None:
+        loss: Any = ctx.loss(outputs, batch)
+    else:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        loss = getattr(outputs, "loss", None) if loss is None else loss
+        if loss is None:
+            raise PreconditionError(
+                "gradients need a loss, and the one in the model's outputs is empty",
+                hint="give loss=, or labels among the example inputs",
+            )
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise InputError(f"the loss must be one number, got {shape}", hint="take its mean or sum")
+    if not loss.requires_grad:
+        raise InputError(
+            "the loss does not depend on the parameters",
+            hint="compute it from the outputs that it is given, with gradients on",
+        )
+    return loss.reshape(())
+
+
+def _samples(batch: Any, flat: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """One sample at a time: each tensor with the first axis of the batch is cut along it."""
+    tensors = [x for x in flat if isinstance(x, torch.Tensor) and x.dim()]
+    if not tensors:
+        raise InputError("a batch without tensors cannot be taken apart by samples")
+    size = tensors[0].shape[0]
+    for index in range(size):
+
+        def cut(value: Any, index: int = index) -> Any:
+            whole = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
+            return value[index : index + 1] if whole else value
+
+        yield pytree.tree_map(cut, batch), [cut(value) for value in flat]
+
+
+def collect_gradients(
+    program: Program,
+    ctx: PassContext,
+    names: Iterable[str] | None = None,
+    *,
+    per_sample: bool = False,
+) -> dict[str, GradientMoments]:
+    """Sums of gradients and of their squares, over batches or samples.
+
+    Args:
+        program: What to run.
+        ctx: The batches and the loss; see `stream_gradients`.
+        names: Parameters; by default all floating ones.
+        per_sample: Squares of the gradients of samples, not of batches.
+    """
+    found: dict[str, GradientMoments] = {}
+    for gradients in stream_gradients(program, ctx, names, per_sample=per_sample):
+        for name, value in gradients.values.items():
+            wide = value.to(torch.promote_types(value.dtype, torch.float32))
+            if name not in found:
+                found[name] = GradientMoments(1, wide.clone(), wide.square())
+            else:
+                moments = found[name]
+                moments.count += 1
+                moments.total += wide
+                moments.squares.addcmul_(wide, wide)
+    return found
