@@ -196,6 +196,7 @@ class PassContext:
         progress: Called with one line of text about what is being done; None for silence.
         computed: Names of the analyses that `analysis` had to compute.
         reused: Names of the analyses that `analysis` found in the cache.
+        diagnostics: What helpers of the pass want the user to know; see `tell`.
     """
 
     program: Program
@@ -206,6 +207,7 @@ class PassContext:
     progress: Callable[[str], object] | None = None
     computed: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
 
     def analysis(self, wanted: Analysis[R] | type[Analysis[R]]) -> R:
         """An analysis' result for the program as it is now, from the cache where it is valid."""
@@ -221,17 +223,30 @@ class PassContext:
         A batch is one tensor, a mapping of keyword arguments, or a sequence of positional ones;
         what a sequence has beyond the positional arguments of the program (labels) is left out.
         """
+        for _, args, kwargs in self.batches():
+            yield args, kwargs
+
+    def batches(self) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        """Each calibration batch as it came, for the loss, with its ``args`` and ``kwargs``.
+
+        What a mapping has beyond the keywords of the program is left out too, if none is missing.
+        """
+        example_args, example_kwargs = self.program.example_inputs
         if self.calibration is None:
-            yield self.program.example_inputs
+            batch = (
+                example_kwargs if not example_args else (*example_args, *example_kwargs.values())
+            )
+            yield batch, example_args, example_kwargs
             return
-        count = len(self.program.example_inputs[0])
         for batch in self.calibration:
             if isinstance(batch, Mapping):
-                yield (), dict(batch)
+                known = batch.keys() >= example_kwargs.keys()
+                names = example_kwargs if known and example_kwargs else batch
+                yield batch, (), {name: batch[name] for name in names}
             elif isinstance(batch, list | tuple):
-                yield tuple(batch[:count]), {}
+                yield batch, tuple(batch[: len(example_args)]), {}
             else:
-                yield (batch,), {}
+                yield batch, (batch,), {}
 
     def need(self, what: Literal["calibration", "loss"], why: str) -> None:
         """Refuse to go on without data that the user has to give.
@@ -244,6 +259,11 @@ class PassContext:
                 f"{self.spec} needs {what}: {why}",
                 hint=f"give {what}= to compile() or to PassManager.run()",
             )
+
+    def tell(self, diagnostic: Diagnostic) -> None:
+        """Add to the diagnostics of the pass that runs, each text once."""
+        if diagnostic not in self.diagnostics:
+            self.diagnostics.append(diagnostic)
 
     def report(self, text: str) -> None:
         """Tell the user what is being done, if anyone listens."""

@@ -268,7 +268,7 @@ class _Run:
             **_cost_fields("before", before, cost),
             **_cost_fields("after", program, program.cost()),
             statistics=dict(result.statistics),
-            diagnostics=[asdict(diagnostic) for diagnostic in result.diagnostics],
+            diagnostics=[asdict(told) for told in (*ctx.diagnostics, *result.diagnostics)],
             analyses={"computed": ctx.computed, "reused": ctx.reused, "dropped": dropped},
             verification=verification,
             peak_memory=risen,

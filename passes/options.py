@@ -315,15 +315,17 @@ def text_of(value: Any, annotation: Any) -> str:
 def _container_text(value: Any, annotation: Any) -> str:
     if isinstance(value, Mapping):
         key_type, value_type = get_args(annotation)
-        items = (f"{_key_text(k, key_type)}:{text_of(v, value_type)}" for k, v in value.items())
+        items = (f"{text_of(k, key_type)}:{_entry_text(v, value_type)}" for k, v in value.items())
         return "{" + ",".join(items) + "}"
     item_types = _item_types(annotation, len(value)) or []
     return "[" + ",".join(map(text_of, value, item_types)) + "]"
 
 
-def _key_text(key: Any, annotation: Any) -> str:
-    text = text_of(key, annotation)
-    return quoted(text, key=True) if isinstance(key, str) and not text.startswith('"') else text
+def _entry_text(value: Any, annotation: Any) -> str:
+    """The value of an entry of a mapping, in which a bare colon would belong to the key."""
+    text = text_of(value, annotation)
+    bare = isinstance(value, str) and not text.startswith('"')
+    return quoted(text, within="entry") if bare else text
 
 
 def _string_text(value: str, annotation: Any) -> str:

@@ -6,7 +6,11 @@
     pass     := name ["{" [option ("," option)*] "}"]
     option   := name ["=" value]
     value    := word | '"' JSON string '"' | "[" [value ("," value)*] "]"
-              | "{" [word ":" value ("," word ":" value)*] "}"
+              | "{" [entry ("," entry)*] "}"
+    entry    := word ":" value
+
+A bare key ends at the last ``:`` of the text around it, so that ``{up.weight:0/1:0.5}`` gives 0.5
+to ``up.weight:0/1``. A bare value in an entry has no ``:``, then; one that has is quoted.
 
 White space and ``# comments`` may stand between any two tokens.
 """
@@ -17,7 +21,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Never, TypeVar
+from typing import Literal, Never, TypeVar
 
 from torchlathe.ir import SpecError
 
@@ -38,7 +42,6 @@ T = TypeVar("T")
 _BLANK = re.compile(r"(?:\s|#[^\n]*)*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _WORD = re.compile(r"[^\s,={}\[\]<>\"'#]+")
-_KEY = re.compile(r"[^\s,={}\[\]<>\"'#:]+")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _PYTHON_ONLY = re.compile(r"<[^>\n]*>?")
 
@@ -111,9 +114,14 @@ def pointed(message: str, text: str, start: int, end: int) -> str:
     return f"{message}\n    {line}\n    {' ' * (start - first)}{carets}"
 
 
-def quoted(text: str, *, key: bool = False) -> str:
-    """The text as a word of the grammar: bare where that reads back, else in quotes."""
-    if (_KEY if key else _WORD).fullmatch(text):
+def quoted(text: str, *, within: Literal["list", "entry"] = "list") -> str:
+    """The text as a word of the grammar: bare where that reads back, else in quotes.
+
+    Args:
+        text: What the word says.
+        within: "entry" for the value of an entry; a key, and all else, is as in a list.
+    """
+    if _WORD.fullmatch(text) and not (within == "entry" and ":" in text):
         return text
     return json.dumps(text, ensure_ascii=False)
 
@@ -156,11 +164,19 @@ class _Reader:
         return self._word(_WORD, "a value")
 
     def _entry(self) -> tuple[Word, Syntax]:
-        key = self._word(_KEY, "a key")
-        if self._peek() != ":":
+        key = self._word(_WORD, "a key")
+        if key.quoted or self._peek() == ":":
+            if not self._take(":"):
+                self._fail("expected ':' after the key")
+            return key, self._value()
+        text, colon, rest = key.text.rpartition(":")
+        if not colon:
             self._fail("expected ':' after the key")
-        self._take(":")
-        return key, self._value()
+        if not text:
+            self._fail("expected a key, found ':'", key.start, key.start + 1)
+        # What follows the last colon is read again, as the value.
+        self.at = key.end - len(rest)
+        return Word(text, key.start, self.at - 1), self._value()
 
     def _sequence(
         self, opening: str, closing: str, item: Callable[[], T]

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from torchlathe.ir import InputError, OptionError, Program
-from torchlathe.passes.analysis.families import (
-    Families,
-    Family,
-    ParameterSlice,
-    ZeroInvariantGroups,
-)
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
-from torchlathe.passes.rewrite.erase import erase_units
-from torchlathe.passes.rewrite.importance import scores
-from torchlathe.passes.rewrite.selection import (
-    Sizes,
-    select_by_share,
-    select_global,
-    select_local,
-)
-from torchlathe.passes.rewrite.units import unit_indices
+from torchlathe.ir import OptionError, PreconditionError, Program
+from torchlathe.ir.cost.latency import LatencyTable
+from torchlathe.ir.fakes import valueless
+from torchlathe.passes.analysis.families import ZeroInvariantGroups
+from torchlathe.passes.base import Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.importance import Criterion, criterion_names, get_criterion, need_values
+from torchlathe.passes.quantities import Quantity
+from torchlathe.passes.rewrite.budgets import Ramp, budgets
+from torchlathe.passes.rewrite.choosing import Choice
+from torchlathe.passes.rewrite.erase_run import EraseRun
+from torchlathe.passes.rewrite.selection import Floors
 
 __all__ = ["StructuredErase"]
+
+Budget = float | str | None
+
+
+def _help(what: str, amounts: str) -> dict[str, str]:
+    return {"help": f"{what} of the whole model to keep: a share up to 1, or {amounts}"}
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,43 @@ class StructuredErase(RewritePass):
     requires: ClassVar = (ZeroInvariantGroups,)
     exactness: ClassVar[Exactness] = Exactness.EXACT
 
-    sparsity: float | dict[str, float] = field(
-        default=0.5,
+    sparsity: float | dict[str, float] | None = field(
+        default=None,
         metadata={
             "help": "share of the prunable parameters to erase, in [0, 1); or a dict from family "
-            "name (or pattern with * and ?) to the share of its units"
+            "name (or pattern with * and ?) to the share of its units; 0.5 unless there is a "
+            "budget"
         },
     )
-    importance: str | Callable[..., torch.Tensor] | torch.Tensor | dict[str, torch.Tensor] = field(
+    params: Budget = field(default=None, metadata=_help("parameters", "a count such as 20M"))
+    bytes: Budget = field(default=None, metadata=_help("bytes of tensors", "a size such as 40MB"))
+    flops: Budget = field(
+        default=None,
+        metadata=_help("FLOPs at the example sizes", "a count such as 1.5G"),
+    )
+    latency: Budget = field(
+        default=None,
+        metadata=_help("measured latency", "a time such as 5ms"),
+    )
+    importance: (
+        str | Criterion | Callable[..., torch.Tensor] | torch.Tensor | dict[str, torch.Tensor]
+    ) = field(
         default="l2",
         metadata={
-            "help": '"l2", "l1", "random", a callable (family, program) -> scores, a tensor of '
-            "scores, or a dict of them by family name"
+            "help": f"{', '.join(criterion_names())}; from Python also a criterion, a callable "
+            "(family, program) -> scores, a tensor of scores, or a dict of them by family name"
         },
     )
-    scope: Literal["global", "local"] = field(
+    scope: Literal["global", "local", "isomorphic"] = field(
         default="global",
-        metadata={"help": "rank units over all families, or erase the same share of each"},
+        metadata={
+            "help": "rank units over all families; erase the same share of each; or rank within "
+            "groups of families of the same structure, and erase the same share of each group"
+        },
+    )
+    cost_aware: bool = field(
+        default=False,
+        metadata={"help": "rank by importance over what a unit saves of the budget"},
     )
     round_to: int = field(
         default=1, metadata={"help": "kept units per family are a multiple of this"}
@@ -84,21 +103,47 @@ class StructuredErase(RewritePass):
     keep_at_least: float = field(
         default=1, metadata={"help": "units to keep per family: a count, or a share if below 1"}
     )
+    steps: int = field(
+        default=1, metadata={"help": "erase in so many steps, each with new importance"}
+    )
+    ramp: Literal["geometric", "linear"] = field(
+        default="geometric",
+        metadata={"help": "whether each step erases the same share of what is left, or as much"},
+    )
+    between: Callable[[torch.nn.Module, int], object] | None = field(
+        default=None,
+        metadata={"help": "called with a trainable module and the step, after each but the last"},
+    )
+    compensate: bool = field(
+        default=False,
+        metadata={"help": "refit what reads erased units by least squares on calibration data"},
+    )
     zeros: bool = field(
         default=False, metadata={"help": "erase just the units that are zero already"}
     )
     approximate: bool = field(
         default=False, metadata={"help": "also erase families for which it is not exact"}
     )
+    latency_table: LatencyTable | None = field(
+        default=None, metadata={"help": "measurements to use and to add to"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse impossible options.
 
         Raises:
-            OptionError: A share outside [0, 1), or a count below 1.
+            OptionError: A share outside [0, 1), a count below 1, a budget that is no amount, or
+                options that exclude each other.
         """
         super().__post_init__()
-        shares = self.sparsity if isinstance(self.sparsity, Mapping) else {"": self.sparsity}
+        self._check_amounts()
+        self._check_together()
+        if isinstance(self.importance, str):
+            get_criterion(self.importance)
+
+    def _check_amounts(self) -> None:
+        given = 0.5 if self.sparsity is None else self.sparsity
+        shares = given if isinstance(given, Mapping) else {"": given}
         for pattern, share in shares.items():
             if not 0 <= share < 1:
                 at = f" for {pattern!r}" if pattern else ""
@@ -107,169 +152,97 @@ class StructuredErase(RewritePass):
                     where=self.name,
                     hint="it is the share that is erased: 0.5 halves the prunable parameters",
                 )
-        if self.round_to < 1:
-            raise OptionError(f"round_to is {self.round_to}, but must be at least 1")
+        for name, count in (("round_to", self.round_to), ("steps", self.steps)):
+            if count < 1:
+                raise OptionError(f"{name} is {count}, but must be at least 1", where=self.name)
         least = self.keep_at_least
         if not least > 0 or (least >= 1 and least % 1 != 0):
             raise OptionError(
-                f"keep_at_least is {least}, but must be a share between 0 and 1, or a whole number"
-            )
-        if isinstance(self.importance, str) and self.importance not in ("l2", "l1", "random"):
-            raise OptionError(
-                f"importance={self.importance!r} is not known",
+                f"keep_at_least is {least}, but must be a share between 0 and 1, or a whole number",
                 where=self.name,
-                hint="one of l2, l1, random; from Python also a callable or scores",
             )
+
+    def _check_together(self) -> None:
+        budgets = self.budgets
+        if budgets and self.sparsity is not None:
+            raise OptionError(
+                f"{next(iter(budgets))} and sparsity both say how much to erase",
+                where=self.name,
+                hint="sparsity is a share of the prunable parameters to erase, a budget a share "
+                "of the whole model to keep; give one of the two",
+            )
+        how_much = [*budgets, *(["sparsity"] if self.sparsity is not None else [])]
+        if self.zeros and (how_much or self.steps > 1):
+            name = [*how_much, "steps"][0]
+            raise OptionError(
+                f"{name} does not go with zeros, which erases just what is zero", where=self.name
+            )
+        if self.cost_aware and (self.scope == "local" or isinstance(self.sparsity, Mapping)):
+            raise OptionError(
+                "cost_aware ranks units of different families, and here each family is ranked "
+                "by itself",
+                where=self.name,
+                hint="use scope=global or scope=isomorphic, and one share for all",
+            )
+        if self.between is not None and self.steps < 2:
+            raise OptionError(
+                "between is called between steps, and there is one step",
+                where=self.name,
+                hint="give steps=2 or more",
+            )
+
+    @property
+    def budgets(self) -> dict[str, Quantity]:
+        """The budgets that were given, read."""
+        given = {
+            "params": self.params,
+            "bytes": self.bytes,
+            "flops": self.flops,
+            "latency": self.latency,
+        }
+        return budgets(given, self.name)
+
+    @property
+    def choice(self) -> Choice:
+        """Which families may be erased."""
+        only = tuple(self.sparsity) if isinstance(self.sparsity, Mapping) else None
+        return Choice(self.include, self.exclude, only, self.approximate)
+
+    @property
+    def floors(self) -> Floors:
+        """The fewest units that a family keeps."""
+        return Floors(self.keep_at_least, self.round_to)
+
+    @property
+    def schedule(self) -> Ramp:
+        """How much each step erases."""
+        return Ramp(self.steps, self.ramp)
+
+    def check(self, program: Program, ctx: PassContext) -> None:
+        """Refuse what asks for values, of a model that was made without any.
+
+        Raises:
+            PreconditionError: The model is on the meta device, or fake.
+        """
+        empty = next((n for n, tensor in program.parameters.items() if valueless(tensor)), None)
+        if empty is None:
+            return
+        measures = self.latency_table is None or self.latency_table.measure
+        asked = {
+            "zeros": self.zeros,
+            "compensate": self.compensate,
+            "latency": self.latency is not None and measures,
+        }
+        for name, given in asked.items():
+            if given:
+                raise PreconditionError(
+                    f"{name} asks for values, but {empty} has none: the model is on the meta "
+                    "device, or fake",
+                    hint="budgets in params, bytes and flops need no values",
+                )
+        if not self.zeros:
+            need_values(self.importance, program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Choose units, erase them, and say what was left alone and why."""
-        families = ctx.analysis(ZeroInvariantGroups)
-        chosen, diagnostics = self._choose(families)
-        if self.zeros:
-            units = {f: _zero_units(f, families, program) for f in chosen}
-        else:
-            units = self._select(program, families, chosen, ctx, diagnostics)
-        units = {f: u for f, u in units.items() if len(u)}
-        statistics: dict[str, int | float | str] = {
-            "families": len(families),
-            "prunable": len(families.prunable),
-            "pinned": len(families.pinned),
-            "erased_units": sum(len(u) for u in units.values()),
-            "erased_families": len(units),
-        }
-        if not units:
-            diagnostics.append(Diagnostic("warning", "there was nothing to erase"))
-            return PassResult(False, statistics, diagnostics)
-        exact = all(f.exactness != "approximate" for f in units)
-        corrected = sum(f.exactness == "exact-after-correction" for f in units)
-        statistics["corrected_families"] = corrected
-        reference = erase_units(program, units, by=ctx.spec)
-        return PassResult(
-            True,
-            statistics,
-            diagnostics,
-            reference=None if self.zeros else reference,
-            exactness=Exactness.EXACT if exact else Exactness.APPROXIMATE,
-        )
-
-    # -- which families ----------------------------------------------------------------------
-
-    def _choose(self, families: Families) -> tuple[tuple[Family, ...], list[Diagnostic]]:
-        chosen = []
-        diagnostics = []
-        for family in families.prunable:
-            if self.include and not _writes(family, self.include):
-                continue
-            if self.exclude and _owns(family, self.exclude):
-                continue
-            if isinstance(self.sparsity, Mapping) and not _writes(family, self.sparsity):
-                continue
-            if family.exactness == "approximate" and not self.approximate:
-                diagnostics.append(
-                    Diagnostic(
-                        "note",
-                        f"left alone, since erasing it is not exact: {'; '.join(family.reasons)}",
-                        name=family.name,
-                    )
-                )
-                continue
-            chosen.append(family)
-        self._check_patterns(families)
-        named = [*self.include, *(self.sparsity if isinstance(self.sparsity, Mapping) else ())]
-        diagnostics += [
-            Diagnostic("note", f"left alone, since it is pinned: {f.pins[0]}", name=f.name)
-            for f in families.pinned
-            if f.name in named
-        ]
-        return tuple(chosen), diagnostics
-
-    def _check_patterns(self, families: Families) -> None:
-        """A pattern that matches nothing is most likely a typo."""
-        patterns = [*self.include, *self.exclude]
-        if isinstance(self.sparsity, Mapping):
-            patterns += self.sparsity
-        for pattern in patterns:
-            if not any(_owns(f, (pattern,)) for f in families):
-                names = [f.name for f in families.prunable[:5]]
-                raise OptionError(
-                    f"the pattern {pattern!r} matches no family and no tensor",
-                    where=self.name,
-                    hint=f"families are named {', '.join(names)}, ...",
-                )
-
-    # -- which units -------------------------------------------------------------------------
-
-    def _select(
-        self,
-        program: Program,
-        families: Families,
-        chosen: tuple[Family, ...],
-        ctx: PassContext,
-        diagnostics: list[Diagnostic],
-    ) -> dict[Family, torch.Tensor]:
-        importance: Any = self.importance
-        scored = scores(program, families, chosen, importance, ctx.seed)
-        limits: dict[str, Any] = {
-            "keep_at_least": self.keep_at_least,
-            "round_to": self.round_to,
-        }
-        if isinstance(self.sparsity, Mapping):
-            shares = {
-                f: max(s for p, s in self.sparsity.items() if _writes(f, (p,))) for f in chosen
-            }
-            return select_by_share(scored, shares, **limits)
-        if not chosen:
-            return {}
-        sizes = Sizes(program, families, chosen)
-        select = select_global if self.scope == "global" else select_local
-        units = select(sizes, scored, self.sparsity, **limits)
-        kept = {f.atom.number: f.extent - len(u) for f, u in units.items()}
-        erased = 1 - sizes.remaining(kept) / sizes.prunable
-        slack = sum(f.parameters_per_unit for f in chosen) * self.round_to / sizes.prunable
-        if erased < self.sparsity - slack:
-            diagnostics.append(
-                Diagnostic(
-                    "warning",
-                    f"asked to erase {self.sparsity:.0%} of the prunable parameters, but only "
-                    f"{erased:.0%} can go: each family keeps at least {self.keep_at_least:g}",
-                )
-            )
-        return units
-
-
-def _writes(family: Family, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names the family, a tensor that it writes, or a tensor's axis."""
-    return _matches(family, family.writers, patterns)
-
-
-def _owns(family: Family, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names the family, any tensor that it owns slices of, or its axis."""
-    return _matches(family, family.slices, patterns)
-
-
-def _matches(family: Family, named: Iterable[ParameterSlice], patterns: Iterable[str]) -> bool:
-    axes = {family.name, *(f"{s.name}:{s.axis}" for s in family.slices)}
-    tensors = {s.name for s in named}
-    return any(
-        fnmatch.fnmatchcase(name, pattern)
-        for pattern in patterns
-        for name in (axes if ":" in pattern else tensors)
-    )
-
-
-def _zero_units(family: Family, families: Families, program: Program) -> torch.Tensor:
-    """Units whose writing slices are all zero; one unit stays if all are."""
-    nonzero = torch.zeros(family.extent, dtype=torch.bool)
-    nodes = program.tensor_nodes
-    for part in family.writers:
-        tensor = program.entries[part.name].tensor.detach()
-        if tensor.isnan().any():
-            raise InputError(f"{part.name} holds NaN", hint="look for what made it diverge")
-        others = [d for d in range(tensor.dim()) if d != part.axis]
-        alive = (tensor != 0).any(dim=others) if others else tensor != 0
-        term = families.axis_map.terms(nodes[part.name])[part.axis]
-        owner = unit_indices(term, family.atom.number)
-        nonzero[owner[alive.cpu() & (owner >= 0)]] = True
-    if not bool(nonzero.any()):
-        nonzero[0] = True
-    return (~nonzero).nonzero().flatten()
+        return EraseRun(self, program, ctx).run()

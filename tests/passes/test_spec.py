@@ -68,7 +68,7 @@ def test_text_reads_back_as_the_passes(passes: list[Pass]) -> None:
         (Everything(bits=8), "everything{bits=8}"),
         (Everything(colour=Colour.DARK_BLUE), "everything{colour=dark-blue}"),
         (Everything(names=["a", "b"]), "everything{names=[a,b]}"),  # type: ignore[arg-type]
-        (Everything(by_name={"a:b": 1, "w[0]": 2}), 'everything{by-name={"a:b":1.0,"w[0]":2.0}}'),
+        (Everything(by_name={"a:b": 1, "w[0]": 2}), 'everything{by-name={a:b:1.0,"w[0]":2.0}}'),
         (Everything(nested={"a": [1, 2], "b": ()}), "everything{nested={a:[1,2],b:[]}}"),
         (Everything(mixed="none"), 'everything{mixed="none"}'),
         (Everything(mixed="1"), 'everything{mixed="1"}'),
@@ -76,6 +76,9 @@ def test_text_reads_back_as_the_passes(passes: list[Pass]) -> None:
         (Everything(mixed=1.0), "everything{mixed=1.0}"),
         (Everything(mixed=True), "everything{mixed=true}"),
         (Everything(share={"a": 0.1}), "everything{share={a:0.1}}"),
+        (Everything(share={"a.b:0/1": 0.1}), "everything{share={a.b:0/1:0.1}}"),
+        (Everything(share={":": 1, "a:": 2}), "everything{share={::1.0,a::2.0}}"),
+        (Everything(nested={"a:0": [1, 2]}), "everything{nested={a:0:[1,2]}}"),
         (Everything(function=len), "everything{function=<len>}"),
         (Everything(function=small_net()[0].weight), "everything{function=<Parameter>}"),
         (Picky(4), "picky{round-to=4}"),

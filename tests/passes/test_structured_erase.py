@@ -390,57 +390,6 @@ def test_units_that_cannot_go(mlp: Program) -> None:
     assert mlp.version == 0 or not mlp.kept
 
 
-# -- zeros -----------------------------------------------------------------------------------
-
-
-def zero_units(model: nn.Module, inputs: Tensor, share: float) -> Program:
-    """A program in which the lowest units of its exact families have been zeroed by hand."""
-    before = program_of(model, inputs)
-    erased = erase(before, sparsity=share)
-    with torch.no_grad():
-        for name, axes in erased.zeroed.items():
-            for axis, indices in axes.items():
-                before.entries[name].tensor.index_fill_(axis, indices, 0)
-    return before
-
-
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (Mlp, (4, 6)),
-        (lambda: Mlp(nn.RMSNorm), (4, 6)),
-        (Conv, (2, 3, 8, 8)),
-        (Attention, (2, 3, 8)),
-    ],
-    ids=["layer-norm", "rms-norm", "conv", "attention"],
-)
-def test_zeros_are_erased_exactly(make: Any, shape: tuple[int, ...]) -> None:
-    program = zero_units(make().double(), torch.randn(shape).double(), 0.5)
-    after = erase(program, zeros=True)
-    assert count(after) < 0.8 * count(program)
-    want = program.run(*program.example_inputs[0]).detach()
-    got = after.run(*after.example_inputs[0]).detach()
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
-    assert not erase(after, zeros=True).history[-1].changed
-
-
-def test_zeros_erases_nothing_else(mlp: Program) -> None:
-    with torch.no_grad():
-        mlp.entries["up.weight"].tensor[4] = 0  # the bias of unit 4 is not zero
-        mlp.entries["up.weight"].tensor[9] = 0
-        mlp.entries["up.bias"].tensor[9] = 0
-    after = erase(mlp, zeros=True)
-    assert kept(after)["up.weight"] == {0: [i for i in range(20) if i != 9]}
-
-
-def test_zeros_leaves_one_unit(mlp: Program) -> None:
-    with torch.no_grad():
-        mlp.entries["up.weight"].tensor.zero_()
-        mlp.entries["up.bias"].tensor.zero_()
-    after = erase(mlp, zeros=True)
-    assert after.parameters["up.weight"].shape == (1, 12)
-
-
 # -- exactness -------------------------------------------------------------------------------
 
 
