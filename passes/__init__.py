@@ -35,14 +35,19 @@ from torchlathe.passes.registry import TABLE, all_passes, get_pass, load_plugin,
 from torchlathe.passes.spec import parse_pipeline, pipeline_text
 
 if TYPE_CHECKING:
+    from torchlathe.passes.analysis.explain import Explanation, explain
     from torchlathe.passes.analysis.families import ZeroInvariantGroups
+    from torchlathe.passes.analysis.segments import Segments
+    from torchlathe.passes.rewrite.erase_operators import EraseOperators
     from torchlathe.passes.rewrite.structured_erase import StructuredErase
 
 __all__ = [
     "AnalysisPass",
     "Diagnostic",
     "DumpIR",
+    "EraseOperators",
     "Exactness",
+    "Explanation",
     "Fact",
     "Instrument",
     "Option",
@@ -54,6 +59,7 @@ __all__ = [
     "PassResult",
     "PrintIR",
     "RewritePass",
+    "Segments",
     "Statistics",
     "StopAfter",
     "StructuredErase",
@@ -61,6 +67,7 @@ __all__ = [
     "TunePass",
     "ZeroInvariantGroups",
     "all_passes",
+    "explain",
     "get_pass",
     "load_plugin",
     "options_of",
@@ -70,6 +77,7 @@ __all__ = [
 ]
 
 _HOME = {target.partition(":")[2]: target.partition(":")[0] for target in TABLE.values()}
+_HOME |= dict.fromkeys(("Explanation", "explain"), "torchlathe.passes.analysis.explain")
 
 
 def __getattr__(name: str) -> object:
