@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +14,15 @@ from torch import fx
 from torchlathe.backends.completing import complete
 from torchlathe.ir import BackendError, Program, info
 
-__all__ = ["ENTRY_POINTS", "Backend", "FlatCallable", "Lowerable", "backend_names", "get_backend"]
+__all__ = [
+    "ENTRY_POINTS",
+    "Backend",
+    "FlatCallable",
+    "Lowerable",
+    "Origin",
+    "backend_names",
+    "get_backend",
+]
 
 ENTRY_POINTS = "torchlathe.backends"
 
@@ -22,7 +31,23 @@ FlatCallable = Callable[..., Sequence[Any]]
 _TABLE = {
     "eager": "torchlathe.backends.eager:Eager",
     "inductor": "torchlathe.backends.inductor:Inductor",
+    "module": "torchlathe.backends.module:ModuleBackend",
 }
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a program came from, for a backend that goes back to the module's own code.
+
+    Attributes:
+        module: The module that was captured, or one of its size that a lowering made.
+        before: The program as it was captured, if it is at hand.
+        finished: Whether the module is a lowering's own result, for this very program.
+    """
+
+    module: torch.nn.Module | None = None
+    before: Program | None = None
+    finished: bool = False
 
 
 class Lowerable:
@@ -32,14 +57,20 @@ class Lowerable:
         tensors: Tree of plain modules that holds each tensor; the compiled model's own registries,
             so an optimizer step or ``load_state_dict`` is seen at the next call.
         paths: Per tensor name of the program, the dotted path in ``tensors``.
+        origin: What the program was captured from, where it is known.
     """
 
     def __init__(
-        self, program: Program, tensors: torch.nn.Module, paths: Mapping[str, str]
+        self,
+        program: Program,
+        tensors: torch.nn.Module,
+        paths: Mapping[str, str],
+        origin: Origin | None = None,
     ) -> None:
         self._program = program
         self.tensors = tensors
         self.paths = paths
+        self.origin = origin or Origin()
 
     @property
     def program(self) -> Program:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch.export import ExportedProgram
 
-from torchlathe.backends.base import Backend, FlatCallable, Lowerable, get_backend
+from torchlathe.backends.base import Backend, FlatCallable, Lowerable, Origin, get_backend
 from torchlathe.backends.calling import Convention
 from torchlathe.backends.completing import complete
 from torchlathe.backends.module_tree import own_entries, refresh, tensor_tree, tie
@@ -69,18 +69,21 @@ class CompiledModel(torch.nn.Module):
         backend: str | Backend = "eager",
         *,
         source: torch.nn.Module | ExportedProgram | None = None,
+        before: Program | None = None,
         report: Any = None,
     ) -> None:
         super().__init__()
         found = get_backend(backend)
         program = program.copy()
         own_entries(program, source)
+        if (prepare := getattr(found, "prepare", None)) is not None:
+            prepare(program)
         tensors, paths = tensor_tree(program)
         # One set of registries under two modules: the plain one has no attribute of its own that
         # a tensor's name could meet, so backends read from it.
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = tensors.__dict__[table]
-        run = found.lower(Lowerable(program, tensors, paths))
+        run = found.lower(Lowerable(program, tensors, paths, _origin(source, before)))
         self.__dict__["_torchlathe"] = _State(
             program, found, report, tensors, paths, Convention(program), run
         )
@@ -120,6 +123,24 @@ class CompiledModel(torch.nn.Module):
         """The backend that runs the program."""
         state: _State = self.__dict__["_torchlathe"]
         return state.backend
+
+    @property
+    def module(self) -> Any:
+        """The smaller copy of the original module, of its own classes; see `ModuleBackend`.
+
+        Its tensors are this model's own.
+
+        Raises:
+            UnsupportedError: Another backend than ``"module"`` runs the program.
+        """
+        state: _State = self.__dict__["_torchlathe"]
+        found = getattr(state.run, "module", None)
+        if not isinstance(found, torch.nn.Module):
+            raise UnsupportedError(
+                f"backend={state.backend.name!r} runs the graph, and makes no module",
+                hint='compile with backend="module"',
+            )
+        return found
 
     @property
     def report(self) -> Any:
@@ -226,7 +247,8 @@ class CompiledModel(torch.nn.Module):
         if places:
             state.program = after
             state.convention = Convention(after)
-            state.run = state.backend.lower(Lowerable(after, state.tensors, state.paths))
+            again = Origin(getattr(state.run, "module", None), finished=True)
+            state.run = state.backend.lower(Lowerable(after, state.tensors, state.paths, again))
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
@@ -265,6 +287,13 @@ class CompiledModel(torch.nn.Module):
 # -- details ---------------------------------------------------------------------------------
 
 
+def _origin(source: torch.nn.Module | ExportedProgram | None, before: Program | None) -> Origin:
+    if isinstance(source, CompiledModel):
+        run = source.__dict__["_torchlathe"].run
+        return Origin(getattr(run, "module", None), before)
+    return Origin(source if isinstance(source, torch.nn.Module) else None, before)
+
+
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -283,6 +312,8 @@ def _check_original(program: Program, name: str, own: dict[str, torch.Tensor]) -
     shape = tuple(own[name].shape)
     entry = program.entries.get(name)
     kept, zeroed = program.kept.get(name, {}), program.zeroed.get(name, {})
+    if not shape and {*kept, *zeroed} == {0}:
+        return  # a scalar, zeroed as a whole
     expected: list[int | None] = [None] * len(shape)
     if entry is not None and entry.tensor.dim() == len(shape):
         expected = list(entry.tensor.shape)

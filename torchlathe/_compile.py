@@ -13,8 +13,9 @@ import torch
 
 from torchlathe.backends import CompiledModel, SavedReport, get_backend
 from torchlathe.backends import load as load_artifact
-from torchlathe.ir import InputError, Program, capture
+from torchlathe.ir import BackendError, InputError, Program, capture
 from torchlathe.ir.capturing import eval_mode
+from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes import PassManager
 
 if TYPE_CHECKING:
@@ -95,12 +96,17 @@ def compile(
         stages: dict[str, float] = {}
         with _stage(stages, "capture", say):
             before = _capture(model, example_inputs, example_kwargs, dynamic_shapes)
+            if reason := cannot_run(before):
+                raise BackendError(
+                    f"{before.model_name} has no values to compile: {reason}",
+                    hint="torchlathe.plan says what passes would make of it",
+                )
             _check_finite(before)
         with _stage(stages, "passes", say):
             after = manager.run(before, calibration=calibration, loss=loss, seed=seed, progress=say)
         with _stage(stages, "lower", say):
             source = model if not isinstance(model, Program) else None
-            compiled = CompiledModel(after, backend, source=source)
+            compiled = CompiledModel(after, backend, source=source, before=before)
         say("measuring")
         compiled.report = _report(
             model, before, compiled, calibration, str(manager), measure_latency, stages

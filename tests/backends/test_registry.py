@@ -45,7 +45,7 @@ def test_backends_by_name_instance_and_class() -> None:
     assert get_backend(Inductor(dynamic=True)).dynamic is True  # type: ignore[attr-defined]
     assert isinstance(get_backend(Eager), Eager)
     assert isinstance(Eager(), Backend)
-    assert backend_names() == ["eager", "inductor"]
+    assert backend_names() == ["eager", "inductor", "module"]
 
 
 @pytest.mark.parametrize("name", ["induktor", "Inductor", "inducto"])
@@ -55,7 +55,7 @@ def test_an_unknown_name_tells_the_nearest(name: str) -> None:
 
 
 def test_what_is_no_backend_is_refused() -> None:
-    with pytest.raises(BackendError, match="there are eager, inductor"):
+    with pytest.raises(BackendError, match="there are eager, inductor, module"):
         get_backend("zzz")
     with pytest.raises(BackendError, match="is not a backend"):
         get_backend(3)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
 
 def test_an_entry_point_adds_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, ("counting", f"{__name__}:Counting"))
-    assert backend_names() == ["counting", "eager", "inductor"]
+    assert backend_names() == ["counting", "eager", "inductor", "module"]
     model = Perceptron().eval()
     compiled = CompiledModel(dynamic_perceptron(model), "counting", source=model)
     x = torch.randn(3, 4)

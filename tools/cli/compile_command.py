@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from torchlathe.passes import Instrument, Pass
     from torchlathe.tools.report import Report
 
-__all__ = ["add_model_arguments", "add_parser", "run"]
+__all__ = [
+    "add_meta_argument",
+    "add_model_arguments",
+    "add_parser",
+    "check_writable",
+    "pipeline_text",
+    "run",
+    "write_report",
+]
 
 MODELS = """\
 MODEL is one of
@@ -53,9 +61,18 @@ def add_parser(commands: Any, common: Parser) -> None:
         help='as in "structured-erase{sparsity=0.5},other-pass"; @FILE reads it from a file',
     )
     parser.add_argument(
-        "--backend", default="eager", metavar="NAME", help="eager (default) or inductor"
+        "--backend",
+        default="eager",
+        metavar="NAME",
+        help="eager (default), inductor, or module: the model's own classes, made smaller",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="save the compiled model (.tl)")
+    parser.add_argument(
+        "--save-module",
+        metavar="DIR",
+        help="with --backend module, for a model of transformers: let its own save_pretrained "
+        "write it there",
+    )
     parser.add_argument("--report", metavar="FILE", help="write the report as a page, or as .json")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -104,11 +121,23 @@ def add_model_arguments(parser: Parser) -> None:
     )
 
 
+def add_meta_argument(parser: Parser) -> None:
+    """What a command takes that does not need the values of a model."""
+    parser.add_argument(
+        "--meta",
+        action="store_true",
+        help="make the model without values or memory for them, on the meta device; a "
+        "transformers config too large for the machine is so in any case",
+    )
+
+
 def run(parsed: argparse.Namespace) -> int:
     """Compile, save and report."""
-    text = _pipeline_text(parsed.passes)
+    text = pipeline_text(parsed.passes)
     for path in (parsed.output, parsed.report):
-        _check_writable(path)
+        check_writable(path)
+    if parsed.save_module and parsed.backend != "module":
+        raise UsageError("--save-module needs --backend module")
     # Before the model, which takes time to load: a misspelt option is found at once.
     from torchlathe.backends import get_backend
     from torchlathe.passes import load_plugin, parse_pipeline
@@ -121,6 +150,8 @@ def run(parsed: argparse.Namespace) -> int:
     report: Report = compiled.report
     if parsed.output:
         compiled.save(parsed.output)
+    if parsed.save_module:
+        _save_module(compiled, parsed.save_module)
     if parsed.report:
         write_report(report, Path(parsed.report))
     if parsed.json:
@@ -131,6 +162,15 @@ def run(parsed: argparse.Namespace) -> int:
         report.print(output())
         _say_written(parsed)
     return 0
+
+
+def _save_module(compiled: CompiledModel, folder: str) -> None:
+    save = getattr(compiled.module, "save_pretrained", None)
+    if save is None:
+        raise UsageError(
+            f"{type(compiled.module).__name__} has no save_pretrained; -o FILE saves every model"
+        )
+    save(folder)
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -179,7 +219,8 @@ def _instruments(parsed: argparse.Namespace, progress: Any) -> list[Instrument]:
     return found
 
 
-def _pipeline_text(given: str) -> str:
+def pipeline_text(given: str) -> str:
+    """The text of a pipeline, or of the file that ``@FILE`` names."""
     if not given.startswith("@"):
         return given
     path = Path(given[1:])
@@ -189,7 +230,7 @@ def _pipeline_text(given: str) -> str:
     return " ".join(line.partition("#")[0].strip() for line in lines).strip()
 
 
-def _check_writable(given: str | None) -> None:
+def check_writable(given: str | None) -> None:
     """Find out before the work is done, not after it."""
     if given is None:
         return
@@ -205,6 +246,10 @@ def _say_written(parsed: argparse.Namespace) -> None:
     from torchlathe.tools.cli.console import output
 
     console = output()
-    for name, path in (("model", parsed.output), ("report", parsed.report)):
+    for name, path in (
+        ("model", parsed.output),
+        ("module", parsed.save_module),
+        ("report", parsed.report),
+    ):
         if path:
             console.print(Text(f"wrote the {name} to {path}"), soft_wrap=True)
