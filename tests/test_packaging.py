@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "kernels": {"ir"},
     "passes": {"ir", "kernels"},
     "backends": {"ir", "kernels"},
-    "tools": {"ir", "kernels", "passes", "backends", "_compile", ""},
+    "tools": {"ir", "kernels", "passes", "backends", "_compile", "_plan", ""},
 }
 HEAVY = ("triton", "networkx", "scipy", "matplotlib", "transformers", "torchvision", "timm")
 

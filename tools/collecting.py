@@ -131,6 +131,7 @@ def family_rows(
         after: The program after.
     """
     rows = []
+    nodes = {} if before is None else before.tensor_nodes
     for family in families:
         if not (owned := family_parameters(family)):
             continue
@@ -139,7 +140,9 @@ def family_rows(
             FamilyRow(
                 name=family.name,
                 extent=extent,
-                kept=units_left(family, families, before, after) if before and after else extent,
+                kept=extent
+                if before is None or after is None
+                else units_left(family, families, before, after, nodes),
                 parameters=owned,
                 exactness=str(family.exactness),
                 reasons=_reasons(family),
@@ -238,14 +241,22 @@ def _batches(
     return fitting, f"{len(fitting)} calibration batch{plural}", notes
 
 
-def units_left(family: Any, families: Any, before: Program, after: Program) -> int:
-    """Units of a family that passes left, by the indices that they kept of its tensors."""
+def units_left(
+    family: Any, families: Any, before: Program, after: Program, nodes: Mapping[str, Any]
+) -> int:
+    """Units of a family that passes left, by the indices that they kept of its tensors.
+
+    Args:
+        family: Of the program before.
+        families: All of them.
+        before: The program before.
+        after: The program after.
+        nodes: ``before.tensor_nodes``, made once for all families.
+    """
     from torchlathe.passes.rewrite.units import unit_indices
 
-    nodes = before.tensor_nodes
-    for part in family.slices:
-        if part.name not in after.entries:
-            return 0  # the tensor went with everything that read it
+    alive = [part for part in family.slices if part.name in after.entries]
+    for part in alive:
         kept = after.kept.get(part.name, {}).get(part.axis)
         if kept is not None:
             earlier = before.kept.get(part.name, {}).get(part.axis)
@@ -253,7 +264,8 @@ def units_left(family: Any, families: Any, before: Program, after: Program) -> i
             term = families.axis_map.terms(nodes[part.name])[part.axis]
             owner = unit_indices(term, family.atom.number)[stays]
             return int(owner[owner >= 0].unique().numel())
-    return int(family.extent)
+    # Without any tensor left, the family went with everything that read it.
+    return int(family.extent) if alive else 0
 
 
 def program_families(program: Program) -> Any:

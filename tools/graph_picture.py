@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ _TENSOR, _INK, _MUTED = "#5b6573", "#1a1f26", "#626b78"
 _MOST_ROWS = 1200  # matplotlib takes long for more, and nobody reads them
 
 
-def save_picture(families: Any, path: Path, *, limit: int | None = 40) -> None:
+def save_picture(
+    families: Any, path: Path, *, limit: int | None = 40, only: Collection[str] | None = None
+) -> None:
     """Draw families and their tensors, in two columns.
 
     Args:
@@ -33,9 +35,10 @@ def save_picture(families: Any, path: Path, *, limit: int | None = 40) -> None:
             ``extent``, ``exactness`` and ``pinned`` on families, ``axis`` and ``role`` on edges.
         path: Ends in ``.dot`` for Graphviz text, else in what matplotlib can write.
         limit: At most so many families, those that can shrink first; None draws all.
+        only: Names of the families to draw; None for those of the whole model.
     """
     graph = families.to_networkx()
-    chosen = _chosen(graph, limit)
+    chosen = _chosen(graph, limit, only)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".dot":
         write_text(path, dot_text(graph, chosen))
@@ -66,9 +69,13 @@ def dot_text(graph: networkx.Graph[str], chosen: Sequence[str]) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _chosen(graph: networkx.Graph[str], limit: int | None) -> list[str]:
+def _chosen(
+    graph: networkx.Graph[str], limit: int | None, only: Collection[str] | None = None
+) -> list[str]:
     """Names of the families to draw, in their own order."""
     families = [name for name, data in graph.nodes(data=True) if data["kind"] == "family"]
+    if only is not None:
+        families = [name for name in families if name in only]
     if limit is None or len(families) <= limit:
         return families
     first = sorted(families, key=lambda name: bool(graph.nodes[name]["pinned"]))[:limit]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from torchlathe.ir import ArtifactError, Error, InputError, Program, SpecError, capture
 from torchlathe.tools.compat import define_torchvision_ops
@@ -63,6 +64,7 @@ def load_model(
     inputs: str | None = None,
     dynamic: Literal["auto", "none"] | None = None,
     seed: int = 0,
+    meta: bool = False,
 ) -> NamedModel:
     """Load a model by its name on the command line.
 
@@ -73,15 +75,18 @@ def load_model(
         dynamic: ``"auto"`` makes the batch dynamic, ``"none"`` nothing; by default the dimensions
             that ``inputs`` names, and batch and sequence of a transformers model.
         seed: Of random weights and inputs.
+        meta: Make the model on the meta device: with shapes and without values or memory. One of
+            a transformers config without weights is there in any case if it would take more than
+            half of the machine's memory.
 
     Raises:
-        InputError: There is no such model, or making it failed.
+        InputError: There is no such model, or making it failed, or it is a file with values.
         SpecError: ``inputs`` cannot be read.
         ArtifactError: A file that cannot be loaded.
     """
     torch.manual_seed(seed)
     given = parse_inputs(inputs, seed=seed) if inputs is not None else None
-    found = _loader(name)(name)
+    found = _on_meta(name) if meta else _loader(name)(name)
     if given is not None:
         if isinstance(found.model, ExportedProgram | Program):
             raise InputError(
@@ -94,6 +99,34 @@ def load_model(
     if dynamic is not None:
         found = replace(found, dynamic_shapes="auto" if dynamic == "auto" else None)
     return found
+
+
+def _on_meta(name: str) -> NamedModel:
+    """The model with shapes only."""
+    loader = _loader(name)
+    if loader is _load_transformers:
+        from torchlathe.tools.pretrained import load_pretrained
+
+        return load_pretrained(name, meta=True)
+    if loader is not _load_function:
+        raise InputError(
+            f"{name} holds values, and is not made on the meta device",
+            hint="leave --meta out, or name the function or the config that makes the model",
+        )
+    with torch.device("meta"):
+        found = loader(name)
+    assert isinstance(found.model, torch.nn.Module | ExportedProgram)
+    if isinstance(found.model, ExportedProgram):
+        return found
+    # What the function puts on a device by itself goes along.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _to_meta, (found.args, found.kwargs))
+    note = "the model was made on the meta device, without values"
+    model = found.model.to("meta")
+    return replace(found, model=model, args=args, kwargs=kwargs, notes=(*found.notes, note))
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
 
 
 def _loader(name: str) -> Callable[[str], NamedModel]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 _BATCH, _SEQUENCE = 2, 16
 
 
-def load_pretrained(name: str) -> NamedModel:
+def load_pretrained(name: str, *, meta: bool = False) -> NamedModel:
     """A transformers model with example inputs that fit its config.
 
     The class is the first of the config's ``architectures`` where it has any, else that of
@@ -29,6 +31,9 @@ def load_pretrained(name: str) -> NamedModel:
     Args:
         name: A folder with ``config.json`` (and weights, or random ones are made), or the path of
             a config, with random weights.
+        meta: Make the model on the meta device, in the dtype of the config, with shapes and
+            without values. So it is in any case if there are no weights and random ones would
+            take more than half of the machine's memory.
 
     Raises:
         InputError: No config there, or one that transformers does not know.
@@ -43,7 +48,7 @@ def load_pretrained(name: str) -> NamedModel:
     config = _config(transformers, file)
     folder = path if path.is_dir() and _has_weights(path) else None
     try:
-        model, notes = _make(transformers, config, folder)
+        model, notes = _make(transformers, config, None if meta else folder, meta)
     except Exception as error:
         raise InputError(
             f"transformers cannot make the model of {name}: {type(error).__name__}: {error}",
@@ -91,7 +96,7 @@ def _config(transformers: Any, file: Path) -> Any:
 
 
 def _make(
-    transformers: Any, config: Any, folder: Path | None
+    transformers: Any, config: Any, folder: Path | None, meta: bool
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     wanted = (config.architectures or [None])[0]
     cls = getattr(transformers, wanted, None) if wanted else None
@@ -101,8 +106,39 @@ def _make(
             folder, config=config, local_files_only=True, dtype=torch.float32
         )
         return model, ()
-    model = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
-    return model, ("the weights are random, for the config comes without any",)
+    make = cls if cls is not None else transformers.AutoModel.from_config
+    small = None if meta else _small_or_none(make, config)
+    if small is not None:
+        return small, ("the weights are random, for the config comes without any",)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            model = make(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model, (f"the model was made on the meta device in {str(dtype)[6:]}, without values",)
+
+
+def _small_or_none(make: Any, config: Any) -> Any:
+    """A model with random weights; None if they would take more than half of the memory."""
+    try:
+        with torch.device("meta"):
+            probe = make(config)
+    except Exception:
+        # Some models compute with values while they are made; so their size is not known.
+        return make(config)
+    need = sum(t.nbytes for t in (*probe.parameters(), *probe.buffers()))
+    return None if need > _memory() // 2 else make(config)
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return sys.maxsize  # not told on this system
 
 
 def _specs(model: Any, config: Any) -> list[InputSpec]:

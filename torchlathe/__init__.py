@@ -12,6 +12,7 @@ from torchlathe._version import __version__
 if TYPE_CHECKING:
     from torchlathe import backends, ir, kernels, passes, tools
     from torchlathe._compile import compile, load
+    from torchlathe._plan import plan
     from torchlathe.backends import CompiledModel
     from torchlathe.ir import Error, Program, capture
     from torchlathe.passes import PassManager
@@ -29,6 +30,7 @@ __all__ = [
     "kernels",
     "load",
     "passes",
+    "plan",
     "tools",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "capture": "torchlathe.ir",
     "compile": "torchlathe._compile",
     "load": "torchlathe._compile",
+    "plan": "torchlathe._plan",
 }
 
 

@@ -418,11 +418,10 @@ class Mixes(nn.Module):
 def sizes_compared(program: Program, monkeypatch: pytest.MonkeyPatch) -> set[torch.Size]:
     """Shapes of the inputs that a comparison runs on."""
     seen = set()
-    plain = equivalence.run_flat
 
     def watched(program: Program, flat: Any, **options: Any) -> Any:
         seen.add(flat[0].shape)
-        return plain(program, flat, **options)
+        return run_flat(program, flat, **options)
 
     monkeypatch.setattr(equivalence, "run_flat", watched)
     assert check_equivalence(program, program.copy()).passed

@@ -231,7 +231,7 @@ def test_passes_json(capsys) -> None:
 # -- help and errors ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["compile", "inspect", "passes"])
+@pytest.mark.parametrize("command", ["compile", "plan", "inspect", "passes"])
 def test_help_has_examples(command: str, capsys) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_version_and_no_command(capsys) -> None:
     ("line", "message", "hint"),
     [
         ("complie x", "unknown command 'complie'", "did you mean compile?"),
-        ("frobnicate", "unknown command 'frobnicate'", "known are compile, inspect, passes"),
+        ("frobnicate", "unknown command 'frobnicate'", "known are compile, plan, inspect, passes"),
         ("compile x --pases y", "unknown option '--pases'", "did you mean --passes"),
         ("inspect x --pin", "unknown option '--pin'", "did you mean --pins"),
         ("inspect x y", "unexpected argument 'y'", "torchlathe inspect --help"),
@@ -268,7 +268,7 @@ def test_version_and_no_command(capsys) -> None:
             "there is no pass structured-erse",
             "structured-e",
         ),
-        ("compile nets.py:pair -p structured-erase{sparsty=1}", "no option sparsty", "sparsity?"),
+        ("compile nets.py:pair -p structured-erase{sparsty=1}", "no option sparsty", "sparsity"),
         ("compile nets.py:pair -p structured-erase{sparsity=2}", "sparsity is 2.0", "0.5 halves"),
         ("compile nets.py:pair -p structured-erase{", "structured-erase{", None),
         ("compile nets.py:pair --backend eagre", "eagre", "eager"),

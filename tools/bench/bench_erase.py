@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib
 import json
 import os
 import platform
@@ -38,7 +39,7 @@ from torchlathe.passes import PassContext, PassManager, StructuredErase, ZeroInv
 from torchlathe.tools.bench.erase_cases import CASES, COVERAGE, Case
 from torchlathe.tools.compat import define_torchvision_ops
 
-__all__ = ["main", "measure_case", "measure_coverage", "measure_memory"]
+__all__ = ["machine", "main", "measure_case", "measure_coverage", "measure_memory"]
 
 RESULTS = Path(__file__).resolve().parent / "results" / "erase_cpu.json"
 RATIO = 0.5
@@ -168,12 +169,12 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def measure_memory(name: str) -> dict[str, Any]:
-    """Peak memory of compile, and of one forward pass, each in a new process.
+    """Peak memory of compile, of its rewrites alone, and of one forward pass.
 
-    Units: bytes.
+    Each in a new process. Units: bytes.
     """
     result: dict[str, Any] = {}
-    for what in ("--memory-of", "--forward-of"):
+    for what in ("--memory-of", "--rewrites-of", "--forward-of"):
         command = [sys.executable, "-m", "torchlathe.tools.bench.bench_erase", what, name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -184,6 +185,7 @@ def measure_memory(name: str) -> dict[str, Any]:
 
 def _forward_of(case: Case) -> dict[str, Any]:
     """What one forward pass of the original takes at its peak, in this process."""
+    _warm_up()
     args, kwargs = case.inputs()
     model = case.build().eval()
     before = _resident()
@@ -194,32 +196,57 @@ def _forward_of(case: Case) -> dict[str, Any]:
 
 
 def _memory_of(case: Case) -> dict[str, Any]:
-    """Resident memory added by the model and by compiling it, in this process.
+    """What compile takes at its peak, in this process.
 
-    ``ratio`` is the peak to the weights before plus the weights after; what one forward pass of
-    the original takes besides is given apart, since verifying runs the model too.
+    ``ratio`` is the model with that to the weights before plus the weights after.
     """
+    added, weights, erased = _memory_added(case)
+    return {
+        "model_bytes": weights,
+        "erased_bytes": erased,
+        "compile_bytes": added,
+        "ratio": (weights + added) / (weights + erased),
+    }
+
+
+def _rewrites_of(case: Case) -> dict[str, Any]:
+    """The same where the model is never run: neither verified nor measured."""
+    added, weights, erased = _memory_added(case, verify="off")
+    return {"rewrites_bytes": added, "rewrites_ratio": (weights + added) / (weights + erased)}
+
+
+def _memory_added(case: Case, **options: Any) -> tuple[int, int, int]:
+    """Resident bytes that compile adds at its peak to the model; weights before and after."""
     import torchlathe
 
-    # What imports and first calls take is not the model's.
-    warm = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
-    _compile(torchlathe, warm, (torch.randn(2, 8),), {}, ({0: torch.export.Dim.DYNAMIC},))
+    _warm_up()
     args, kwargs = case.inputs()
-    before = _resident()
     model = case.build().eval()
     loaded = _resident()
     _reset_peak()
-    compiled = _compile(torchlathe, model, args, kwargs, case.dynamic_shapes)
-    peak = _peak()
-    model_bytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    erased_bytes = sum(t.nbytes for t in [*compiled.parameters(), *compiled.buffers()])
-    return {
-        "model_bytes": model_bytes,
-        "erased_bytes": erased_bytes,
-        "model_resident_bytes": loaded - before,
-        "peak_bytes": peak - before,
-        "ratio": (peak - before) / (model_bytes + erased_bytes),
-    }
+    compiled: Any
+    if options:
+        program = torchlathe.capture(model, args, kwargs, dynamic_shapes=case.dynamic_shapes)
+        compiled = torchlathe.PassManager(PIPELINE, **options).run(program)
+        added = _peak() - loaded
+        after = [entry.tensor for entry in compiled.entries.values()]
+    else:
+        compiled = _compile(torchlathe, model, args, kwargs, case.dynamic_shapes)
+        added = _peak() - loaded
+        after = [*compiled.parameters(), *compiled.buffers()]
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    return added, weights, sum(t.nbytes for t in after)
+
+
+def _warm_up() -> None:
+    """What imports and first calls take is not the model's."""
+    import torchlathe
+
+    for package in ("torchvision.models", "transformers"):
+        importlib.import_module(package)
+    warm = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    warm.append(torch.nn.Linear(8 * 36, 8))
+    _compile(torchlathe, warm, (torch.randn(2, 3, 8, 8),), {}, ({0: torch.export.Dim.DYNAMIC},))
 
 
 def _compile(
@@ -334,7 +361,8 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a result depends on: processor, versions and commit."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -381,13 +409,14 @@ def _show(result: dict[str, Any], console: Console) -> None:
     console.print(times)
     if any("memory" in row for row in result["cases"]):
         memory = Table(title="peak memory of compile, MiB")
-        for column in ("model", "weights", "erased", "one forward", "peak", "peak / weights"):
+        for column in ("model", "weights", "erased", "one forward", "rewrites", "compile"):
             memory.add_column(column, justify="left" if column == "model" else "right")
+        for column in ("rewrites / weights", "compile / weights"):
+            memory.add_column(column, justify="right")
         for row in result["cases"]:
             m = row["memory"]
-            keys = ("model_bytes", "erased_bytes", "forward_bytes", "peak_bytes")
-            cells = (f"{m[key] / 2**20:.0f}" for key in keys)
-            memory.add_row(row["case"], *cells, f"{m['ratio']:.2f}")
+            cells = (f"{m[f'{key}_bytes'] / 2**20:.0f}" for key in _MEMORY)
+            memory.add_row(row["case"], *cells, f"{m['rewrites_ratio']:.2f}", f"{m['ratio']:.2f}")
         console.print(memory)
     if result.get("coverage"):
         coverage = Table(title="erased with no hints")
@@ -398,6 +427,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
         console.print(coverage)
 
 
+_MEMORY = ("model", "erased", "forward", "rewrites", "compile")
 _WHO = ("torchlathe", "torch_pruning")
 
 
@@ -418,6 +448,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=90, help="seconds for each such try")
     parser.add_argument("--json", type=Path, help=f"where to write (default {RESULTS.name})")
     parser.add_argument("--memory-of", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--rewrites-of", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--forward-of", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--attempt", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -433,10 +464,14 @@ def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
     define_torchvision_ops()
     torch.set_num_threads(options.threads)
-    if name := options.memory_of or options.forward_of:
-        measure = _memory_of if options.memory_of else _forward_of
-        sys.stdout.write(json.dumps(measure(CASES[name])) + "\n")
-        return 0
+    for name, measure in (
+        (options.memory_of, _memory_of),
+        (options.rewrites_of, _rewrites_of),
+        (options.forward_of, _forward_of),
+    ):
+        if name:
+            sys.stdout.write(json.dumps(measure(CASES[name])) + "\n")
+            return 0
     if options.attempt:
         name, who = options.attempt
         case = next(c for c in COVERAGE if c.name == name)
@@ -444,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     console = Console() if sys.stdout.isatty() else Console(width=110)
     rounds = 1 if options.quick else options.rounds
-    result: dict[str, Any] = {"benchmark": "erase", **_machine(), "rounds": rounds, "cases": []}
+    result: dict[str, Any] = {"benchmark": "erase", **machine(), "rounds": rounds, "cases": []}
     for name in options.models.split(","):
         console.print(f"[dim]{name} ...[/dim]", highlight=False)
         row = measure_case(CASES[name], rounds)

@@ -1,4 +1,4 @@
-"""Writes ``docs/benchmarks.md`` from the JSON files under ``results/``."""
+"""Writes ``docs/benchmarks.md`` and ``docs/coverage.md`` from the JSON files under ``results/``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torchlathe.tools.bench.coverage.page import coverage_page
+
 __all__ = ["benchmarks_page", "main"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+COVERAGE_PAGE = PAGE.with_name("coverage.md")
 
 INTRODUCTION = """\
 # Benchmarks
@@ -36,8 +39,10 @@ last column is total to Torch-Pruning's graph and prune.
 MEMORY = """\
 ### Peak memory of `compile`
 
-MiB above the process before the model was made. The last column is the peak to the weights before
-plus the weights after; running the model to verify it takes activations besides.
+MiB. *Rewrites* is what capture and passes add at their peak to the loaded model, *compile* the same
+with the float64 check and the measuring run of model and result, whose activations count too (one
+forward pass of the original in float32 takes what its column says). The ratios are the model plus
+that to the weights before plus the weights after.
 """
 
 COVERAGE = """\
@@ -78,12 +83,14 @@ def _erase(result: dict[str, Any]) -> list[str]:
     parts = [ERASE.format(**result), _table(header, rows)]
     measured = [case for case in result["cases"] if "memory" in case]
     if measured:
-        keys = ("model_bytes", "erased_bytes", "forward_bytes", "peak_bytes")
-        header = ["model", "weights", "erased weights", "one forward pass", "peak", "ratio"]
+        keys = ("model", "erased", "forward", "rewrites", "compile")
+        header = ["model", "weights", "erased weights", "one forward pass", "rewrites", "compile"]
+        header += ["ratio of rewrites", "ratio of compile"]
         rows = [
             [
                 case["case"],
-                *(f"{case['memory'][key] / 2**20:.0f}" for key in keys),
+                *(f"{case['memory'][f'{key}_bytes'] / 2**20:.0f}" for key in keys),
+                f"{case['memory']['rewrites_ratio']:.2f}",
                 f"{case['memory']['ratio']:.2f}",
             ]
             for case in measured
@@ -116,7 +123,9 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> int:
-    """Write the page; returns the exit status."""
+    """Write the pages; returns the exit status."""
+    covered = json.loads((RESULTS / "coverage_cpu.json").read_text(encoding="utf-8"))
+    COVERAGE_PAGE.write_text(coverage_page(covered), encoding="utf-8")
     PAGE.write_text(benchmarks_page(), encoding="utf-8")
     return 0
 

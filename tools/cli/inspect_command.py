@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchlathe.tools.cli.compile_command import MODELS, add_model_arguments
+from torchlathe.tools.cli.compile_command import (
+    MODELS,
+    add_meta_argument,
+    add_model_arguments,
+)
 from torchlathe.tools.cli.parsing import Parser, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from torchlathe.ir import Program
+    from torchlathe.passes import Explanation
     from torchlathe.tools.inspecting import Inspection
 
 __all__ = ["add_parser", "run"]
@@ -23,13 +28,19 @@ _PICTURES = (".svg", ".png", ".pdf", ".dot")
 
 _EPILOG = f"""\
 {MODELS}
-Without --families, --pins, --cost or --text, the first three are shown.
+Without --families, --pins, --cost, --segments, --text or --why, the first three are shown.
+
+--why takes the name of a parameter (encoder.0.weight), of an axis of it (encoder.0.weight:0), of an
+index (encoder.0.weight:0[17]), of a family, a module, a node of --text, or an op
+(aten.linear.default). It says what goes together with it and by which ops, what erasing it takes,
+and what pins it.
 
 examples:
   torchlathe inspect model.py:make
   torchlathe inspect my_package.nets:vit --inputs "float32[batch=2,3,224,224]" --pins
   torchlathe inspect path/to/config.json --families --all --json
   torchlathe inspect model.tl --text
+  torchlathe inspect model.py:make --why "1.up.weight:0[17]"
   torchlathe inspect model.py:make --graph families.svg
 """
 
@@ -44,15 +55,28 @@ def add_parser(commands: Any, common: Parser) -> None:
         epilog=_EPILOG,
     )
     add_model_arguments(parser)
+    add_meta_argument(parser)
     parser.add_argument("--families", action="store_true", help="what can go, and what with it")
     parser.add_argument("--pins", action="store_true", help="what cannot go, why, and where")
     parser.add_argument("--cost", action="store_true", help="parameters, bytes and FLOPs")
+    parser.add_argument(
+        "--segments", action="store_true", help="branches that erase-operators can take out"
+    )
+    parser.add_argument(
+        "--why",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="what goes together with this, by which ops, and what pins it; can be repeated",
+    )
     parser.add_argument("--text", action="store_true", help="the program, as text")
     parser.add_argument(
         "--terms", action="store_true", help="with --text: the term of every axis too"
     )
     parser.add_argument(
-        "--graph", metavar="FILE", help=f"draw the families ({', '.join(_PICTURES)})"
+        "--graph",
+        metavar="FILE",
+        help=f"draw the families ({', '.join(_PICTURES)}); with --why, those of NAME",
     )
     parser.add_argument(
         "--limit", type=int, default=20, metavar="N", help="rows of each table (default 20)"
@@ -71,15 +95,32 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.limit < 1:
         raise UsageError(f"--limit must be at least 1, got {parsed.limit}")
     program, inspection = _inspect(parsed)
+    why = _explanations(parsed, program)
     if parsed.graph:
-        from torchlathe.tools.graph_picture import save_picture
-
-        save_picture(inspection.result, Path(parsed.graph), limit=None if parsed.all else 40)
+        _draw(parsed, inspection, why)
     if parsed.json:
-        print(json.dumps(_as_dict(parsed, program, inspection), indent=2))
+        print(json.dumps(_as_dict(parsed, program, inspection, why), indent=2))
         return 0
-    _print(parsed, program, inspection)
+    _print(parsed, program, inspection, why)
     return 0
+
+
+def _explanations(parsed: argparse.Namespace, program: Program) -> list[Explanation]:
+    from torchlathe.passes import explain
+
+    return [explain(program, name) for name in parsed.why]
+
+
+def _draw(parsed: argparse.Namespace, inspection: Inspection, why: Sequence[Explanation]) -> None:
+    from torchlathe.tools.graph_picture import save_picture
+
+    only = {part.name for explanation in why for part in explanation.families}
+    save_picture(
+        inspection.result,
+        Path(parsed.graph),
+        limit=None if parsed.all else 40,
+        only=only if why else None,
+    )
 
 
 def _inspect(parsed: argparse.Namespace) -> tuple[Program, Inspection]:
@@ -93,7 +134,11 @@ def _inspect(parsed: argparse.Namespace) -> tuple[Program, Inspection]:
     with Progress() as progress:
         progress.say(f"loading {parsed.model}")
         named = load_model(
-            parsed.model, inputs=parsed.inputs, dynamic=parsed.dynamic, seed=parsed.seed
+            parsed.model,
+            inputs=parsed.inputs,
+            dynamic=parsed.dynamic,
+            seed=parsed.seed,
+            meta=parsed.meta,
         )
         progress.say("capturing")
         program = named.capture()
@@ -102,36 +147,61 @@ def _inspect(parsed: argparse.Namespace) -> tuple[Program, Inspection]:
 
 
 def _sections(parsed: argparse.Namespace) -> set[str]:
-    wanted = {name for name in ("families", "pins", "cost", "text") if getattr(parsed, name)}
-    if wanted or parsed.graph:
+    sections = ("families", "pins", "cost", "segments", "text")
+    wanted = {name for name in sections if getattr(parsed, name)}
+    if wanted or parsed.graph or parsed.why:
         return wanted
     return {"families", "pins", "cost"}
 
 
 def _as_dict(
-    parsed: argparse.Namespace, program: Program, inspection: Inspection
+    parsed: argparse.Namespace,
+    program: Program,
+    inspection: Inspection,
+    why: Sequence[Explanation],
 ) -> dict[str, Any]:
     data = inspection.to_dict()
-    wanted = _sections(parsed) or {"families", "pins", "cost"}
+    wanted = _sections(parsed)
+    if not wanted and not why:
+        wanted = {"families", "pins", "cost"}
     chosen = {key: value for key, value in data.items() if key not in {"families", "pins", "cost"}}
     chosen |= {key: data[key] for key in ("families", "pins", "cost") if key in wanted}
     if "text" in wanted:
         chosen["text"] = program.to_text(axis_terms=parsed.terms)
+    if "segments" in wanted:
+        from torchlathe.tools.segment_table import segment_dicts, segment_rows
+
+        chosen["segments"] = segment_dicts(segment_rows(program))
+    if why:
+        chosen["why"] = [explanation.to_dict() for explanation in why]
     return chosen
 
 
-def _print(parsed: argparse.Namespace, program: Program, inspection: Inspection) -> None:
+def _print(
+    parsed: argparse.Namespace,
+    program: Program,
+    inspection: Inspection,
+    why: Sequence[Explanation],
+) -> None:
     from rich.text import Text
 
     from torchlathe.tools.cli.console import output
 
     console = output()
     wanted = _sections(parsed)
-    if wanted - {"text"} or parsed.graph:
+    if wanted - {"text"} or parsed.graph or why:
         for part in _summary(inspection):
             console.print(part)
     for part in _tables(wanted, inspection, None if parsed.all else parsed.limit):
         console.print(part)
+    if "segments" in wanted:
+        from torchlathe.tools.segment_table import segment_rows, segment_table
+
+        rows = segment_rows(program)
+        console.print(segment_table(rows, limit=None if parsed.all else parsed.limit))
+    for explanation in why:
+        console.print()
+        console.print(explanation.rich(None if parsed.all else parsed.limit), soft_wrap=True)
     if "text" in wanted:
         # Not through rich: it would fold lines, and the text may be kept in a file.
         print(program.to_text(axis_terms=parsed.terms), end="")
