@@ -40,7 +40,7 @@ def _row(name: str) -> dict[str, object]:
 def test_there_are_models_enough_of_every_package() -> None:
     counts = Counter(entry.package for entry in ENTRIES.values())
     assert sum(counts.values()) >= 150
-    assert counts["torchvision"] >= 35
+    assert counts["torchvision"] >= 30
     assert counts["timm"] >= 60
     assert counts["transformers"] >= 70
 

@@ -49,11 +49,11 @@ COLUMNS = """\
 Torch-Pruning's graph and prune; the last two are the best of three. *Families* counts those that
 can be erased and those that are pinned; *free* is the share of the parameters that are on an axis
 which can be erased; *left* is the share of all parameters that is left. A ratio of 0.5 means half
-of the channels to Torch-Pruning, so
-that it leaves fewer. *Error* is the largest difference from the zeroed original at either batch
-size, relative to the largest magnitude of the output, in float32; where rounding grows so much
-from layer to layer that this exceeds 1e-4, the error in float64 follows. Limits: {ours} s of CPU
-time for torchlathe, {peer} s for Torch-Pruning, 6 GB for each.
+of the channels to Torch-Pruning, so that it leaves fewer. *Error* is the largest difference from
+the zeroed original at either batch size, relative to the largest magnitude of the output, in
+float32; where rounding grows so much from layer to layer that this exceeds 1e-4, the error in
+float64 follows. Limits: {ours} s of CPU time for torchlathe, {peer} s for Torch-Pruning, 6 GB for
+each.
 """
 
 _TITLES = {

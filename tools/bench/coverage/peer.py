@@ -148,7 +148,8 @@ def _patch(model: nn.Module) -> None:
     """What its examples patch by hand: sizes that modules keep as attributes."""
     embedding = getattr(model, "conv_proj", None)
     if isinstance(embedding, nn.Conv2d) and isinstance(getattr(model, "hidden_dim", None), int):
-        model.hidden_dim = embedding.out_channels  # torchvision's vision transformer
+        width: Any = embedding.out_channels
+        model.hidden_dim = width  # torchvision's vision transformer
     for module, heads, layers in _attentions(model):
         names = {id(c): n for n, c in module.named_children()}
         layer = layers[0][0]
