@@ -33,6 +33,7 @@ class L1(Criterion):
     """
 
     name: ClassVar[str] = "l1"
+    comparable: ClassVar[bool] = True  # a mean over parameters knows no size of a layer
 
     def scores(self, scoring: Scoring) -> Mapping[Family, torch.Tensor]:
         """``sum |w| / count``."""
@@ -48,6 +49,7 @@ class L2(Criterion):
     """
 
     name: ClassVar[str] = "l2"
+    comparable: ClassVar[bool] = True
 
     def scores(self, scoring: Scoring) -> Mapping[Family, torch.Tensor]:
         """``sqrt(sum w^2 / count)``."""

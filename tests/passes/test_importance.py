@@ -409,7 +409,13 @@ def test_names_with_underscores() -> None:
 
 
 def test_comparable() -> None:
-    assert [n for n in criterion_names() if comparable(n)] == ["fisher", "lamp", "taylor"]
+    assert [n for n in criterion_names() if comparable(n)] == [
+        "fisher",
+        "l1",
+        "l2",
+        "lamp",
+        "taylor",
+    ]
     assert not comparable(torch.ones(3))
 
 
