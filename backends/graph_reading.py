@@ -120,6 +120,10 @@ class _Reader:
         program.rewritten = frozenset(self._text(name) for name in self.data["rewritten"])
         program.kept = self._index_table(self.data["kept"])
         program.zeroed = self._index_table(self.data["zeroed"])
+        program.frozen = {
+            self._text(name): frozenset(map(self._whole, axes))
+            for name, axes in self.data.get("frozen", ())
+        }
         program.history = [dict(record) for record in self.data["history"]]
         return program
 

@@ -84,6 +84,8 @@ class Program:
         kept: Per tensor and axis, the original indices that are left (absent: all).
         zeroed: Per tensor and axis, the original indices whose slices an equal full-size model
             has at zero.
+        frozen: Per tensor, the axes along which constants were computed from it: new zeros there
+            would be those of a model with other constants.
         rewritten: Tensors that passes gave other values than the model has, or added.
         history: One record per pass that ran (JSON-able dataclasses, made by the pass manager).
         model_name: Class name of the captured module.
@@ -114,6 +116,7 @@ class Program:
         self.range_constraints = dict(range_constraints or {})
         self.kept: dict[str, dict[int, torch.Tensor]] = {}
         self.zeroed: dict[str, dict[int, torch.Tensor]] = {}
+        self.frozen: dict[str, frozenset[int]] = {}
         self.rewritten: frozenset[str] = frozenset()
         self.history: list[Any] = []
         self.model_name = model_name
@@ -311,6 +314,7 @@ class Program:
         )
         other.kept = {name: dict(axes) for name, axes in self.kept.items()}
         other.zeroed = {name: dict(axes) for name, axes in self.zeroed.items()}
+        other.frozen = dict(self.frozen)
         other.rewritten = self.rewritten
         other.history = list(self.history)
         other.version = self.version
@@ -330,6 +334,7 @@ class Program:
         self.model_name = other.model_name
         self.kept = {name: dict(axes) for name, axes in other.kept.items()}
         self.zeroed = {name: dict(axes) for name, axes in other.zeroed.items()}
+        self.frozen = dict(other.frozen)
         self.rewritten = other.rewritten
         self.history = list(other.history)
         # Results of analyses hold nodes, and the nodes of a copy are other objects.

@@ -326,8 +326,8 @@ class _Finder:
         first = self._run(_Verdict(slices), atom)
         if first.flow is None or not first.flow.losses:
             return first
-        # Not constants: the caller's module has no name under which to zero them.
-        owned = [s for s in slices if s.kind is not TensorKind.CONSTANT]
+        # Not constants, nor what passes added: the caller's module has no such names to zero.
+        owned = [s for s in slices if self._named(s)]
         written = {s: None for s in owned if self._writes(s.name, s.axis, atom)}
         read = [s for s in owned if s not in written]
         # For instance a table of positions that is added to a residual stream.
@@ -337,7 +337,7 @@ class _Finder:
             attempts.append(_Verdict(both))
         if read:
             attempts.append(_Verdict(slices, "readers", read))
-            everything = [s for s in both if s.kind is not TensorKind.CONSTANT]
+            everything = [s for s in both if self._named(s)]
             attempts.append(_Verdict(both, "all", everything))
         for attempt in attempts:
             found = self._run(attempt, atom)
@@ -354,7 +354,15 @@ class _Finder:
             row[part.axis] = ZERO if (part.name, part.axis) in zeroed else UNKNOWN
         flow = Flow(self.index, atom, constant=self.constant)
         flow.run(start)
+        for part in given.zeroed:
+            if part.axis in self.program.frozen.get(part.name, ()):
+                flow.losses[self.nodes[part.name]] = "a constant was computed from all of it before"
         return replace(given, flow=flow)
+
+    def _named(self, part: ParameterSlice) -> bool:
+        zeroed = self.program.zeroed.get(part.name)
+        added = zeroed is not None and not any(map(len, zeroed.values()))
+        return part.kind is not TensorKind.CONSTANT and not added
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torchlathe.ir import InputError, Program
 from torchlathe.ir.axes import AxisMap, Resize, rule_of
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
 from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
-from torchlathe.passes.rewrite.freezing import freeze, frozen_values
+from torchlathe.passes.rewrite.freezing import freeze, frozen_axes, frozen_values
 from torchlathe.passes.rewrite.units import unit_indices
 
 __all__ = ["ZeroedSlices", "erase_units"]
@@ -77,7 +77,9 @@ def erase_units(
     zeros = ZeroedSlices(zeroed)
     folded = folded_constants(program, chosen, kept, axis_map, zeros)
     frozen = frozen_values(program, {n for f in chosen for n in f.frozen}, zeros)
+    fixed = frozen_axes(program, frozen, families)
     with program.edit(by) as edit:
+        program.frozen.update(fixed)
         before = {name: entry.tensor for name, entry in program.entries.items()}
         resize = Resize(axis_map, kept, edit, corrected, lambda name: zeros(name, before[name]))
         for name, axes in zeroed.items():

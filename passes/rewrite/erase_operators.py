@@ -103,7 +103,7 @@ class EraseOperators(RewritePass):
         if self.count is not None and self.count < 1:
             raise OptionError(f"count is {self.count}, but must be at least 1", where=self.name)
         least = self.keep_at_least
-        if least < 0 or (least >= 1 and least % 1 != 0):
+        if not least >= 0 or (least >= 1 and least % 1 != 0):
             raise OptionError(
                 f"keep_at_least is {least}, but must be a share between 0 and 1, or a whole number",
                 where=self.name,
@@ -128,7 +128,7 @@ class EraseOperators(RewritePass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Score the branches, choose, leave them out, and say what had to stay."""
         graph = ctx.analysis(Segments)
-        branches, diagnostics = self._candidates(graph)
+        branches, diagnostics = self._candidates(program, graph)
         statistics: dict[str, int | float | str] = {
             "segments": len(graph),
             "removable": len(graph.removable),
@@ -172,7 +172,9 @@ class EraseOperators(RewritePass):
 
     # -- which branches ------------------------------------------------------------------------
 
-    def _candidates(self, graph: SegmentGraph) -> tuple[list[Branch], list[Diagnostic]]:
+    def _candidates(
+        self, program: Program, graph: SegmentGraph
+    ) -> tuple[list[Branch], list[Diagnostic]]:
         chosen: list[Branch] = []
         diagnostics = []
         names = {branch: set(_names(branch)) for branch in graph.branches}
@@ -196,6 +198,9 @@ class EraseOperators(RewritePass):
                     f"it holds {branch.constant:g} when its parameters are zero; constants=true "
                     "puts that in its place"
                 )
+            fixed = next((name for name in branch.parameters if name in program.frozen), None)
+            if not reason and fixed is not None:
+                reason = f"a constant was computed from {fixed} before"
             if not reason:
                 chosen.append(branch)
             elif self.include:

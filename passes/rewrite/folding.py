@@ -82,13 +82,14 @@ def fold_into_bias(node: fx.Node, delta: torch.Tensor, resize: Resize) -> None:
         old = entries[name].tensor
         edit.set_tensor(name, _sum(delta, old, old), rewrites=False)
         return
-    value = _sum(delta, None if name is None else entries[name].tensor, like)
+    value = _sum(delta, None, like)
     new_name = _free_name(edit.program, weight)
     new = edit.add_tensor(new_name, value, TensorKind.PARAMETER)
     # What it adds is zero with the weight's rows, and the original has no such tensor to zero.
     edit.record_zeroed(new_name, 0, torch.zeros(0, dtype=torch.int64))
-    if isinstance(bias, fx.Node) and name is None:
-        # A computed bias keeps its part of the sum.
+    if isinstance(bias, fx.Node):
+        # A bias that is computed, or that others read, keeps its part of the sum: later passes
+        # zero it by its own name, for all who read it.
         new = edit.call(torch.ops.aten.add.Tensor, (bias, new), like=bias, before=node)
     edit.set_args(node, *with_arguments(node, {argument_name: new}))
 

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torchlathe.ir import Program, TensorKind, info
 from torchlathe.ir.axes import Resize
 from torchlathe.ir.interpreting import ReplaceTensor
+from torchlathe.passes.analysis.families import Families
 
-__all__ = ["freeze", "frozen_values"]
+__all__ = ["freeze", "frozen_axes", "frozen_values"]
 
 
 def frozen_values(
@@ -49,6 +50,52 @@ def frozen_values(
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)
     return {node: values[node] for node in wanted}
+
+
+def frozen_axes(
+    program: Program, nodes: Iterable[fx.Node], families: Families
+) -> dict[str, frozenset[int]]:
+    """`Program.frozen` as it is once these nodes are constants.
+
+    An axis may still lose slices where each index of the constant comes from the same index of
+    the tensor, since that part of the constant goes with it.
+
+    Args:
+        program: Before anything is erased.
+        nodes: The nodes; what they read must depend on no input.
+        families: Of this program.
+    """
+    found = dict(program.frozen)
+    axis_map = families.axis_map
+    for node in nodes:
+        mixed = {f.atom.number for f in families if node in f.frozen}
+        alike: set[int] = set()
+        for term in [term for row in axis_map.results(node) for term in row or ()]:
+            numbers = {atom.number for atom in axis_map.atoms_of(term)}
+            mixed |= numbers if numbers & mixed else set()
+            alike |= numbers
+        for name, source in _sources(program, node):
+            added = not any(map(len, program.zeroed.get(name, {0: (0,)}).values()))
+            axes = {
+                axis
+                for axis, term in enumerate(axis_map.terms(source))
+                if added or not {a.number for a in axis_map.atoms_of(term)} <= alike - mixed
+            }
+            found[name] = found.get(name, frozenset()) | axes
+            if added:  # a constant of constants: whatever that one was computed from
+                found |= {n: frozenset(range(9)) for n in program.frozen}
+    return found
+
+
+def _sources(program: Program, node: fx.Node) -> list[tuple[str, fx.Node]]:
+    """The tensors that a node depends on, with their nodes."""
+    needed, waiting = {node}, [node]
+    while waiting:
+        for used in waiting.pop().all_input_nodes:
+            if used not in needed:
+                needed.add(used)
+                waiting.append(used)
+    return [(name, n) for n in needed if (name := info(n).tensor) is not None]
 
 
 def freeze(node: fx.Node, value: Any, resize: Resize) -> None:

@@ -18,6 +18,7 @@ from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
 from torchlathe.passes.analysis.segments import Segments
 from torchlathe.passes.rewrite.erase import ZeroedSlices
 from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
+from torchlathe.passes.rewrite.freezing import freeze, frozen_axes, frozen_values
 from torchlathe.passes.rewrite.liveness import Liveness
 from torchlathe.passes.rewrite.units import unit_indices
 
@@ -103,9 +104,13 @@ class _Leaving:
         kept = {f.atom.number: torch.zeros(f.extent, dtype=torch.bool) for f in families}
         analysis = program.analysis(ZeroInvariantGroups) if families else None
         folded: Mapping[fx.Node, torch.Tensor] = {}
+        frozen: Mapping[fx.Node, Any] = {}
         if analysis is not None:
+            frozen = frozen_values(program, {n for f in families for n in f.frozen}, self.zeroed)
+            fixed = frozen_axes(program, frozen, analysis)
             folded = folded_constants(program, families, kept, analysis.axis_map, self.zeroed)
         order = [node for node in program.graph.nodes if node in self.joints]
+        before = {name: entry.tensor for name, entry in program.entries.items()}
         with program.edit(by) as edit:
             for name, axes in self.zeroed.slices.items():
                 for axis, indices in axes.items():
@@ -116,9 +121,12 @@ class _Leaving:
             program.graph.eliminate_dead_code(has_effect)
             if analysis is not None:
                 corrected = frozenset(n for f in families for n in f.corrected)
-                resize = Resize(analysis.axis_map, kept, edit, corrected)
+                resize = Resize(
+                    analysis.axis_map, kept, edit, corrected, lambda n: self.zeroed(n, before[n])
+                )
                 touched = {n for f in families for n in analysis.index.touching[f.atom.number]}
-                self._shrink(resize, touched)
+                self._shrink(resize, touched, frozen)
+                program.frozen.update(fixed)
                 alive = set(program.graph.nodes)
                 for node, delta in folded.items():
                     if node in alive:
@@ -147,7 +155,7 @@ class _Leaving:
         assert isinstance(rest, fx.Node)
         edit.replace(joint, _scaled(rest, factor, offset, joint, edit))
 
-    def _shrink(self, resize: Resize, touched: set[fx.Node]) -> None:
+    def _shrink(self, resize: Resize, touched: set[fx.Node], frozen: Mapping[fx.Node, Any]) -> None:
         """Take what is left out of a concatenation from everything behind it."""
         program, edit = self.program, resize.edit
         for name, node in program.tensor_nodes.items():
@@ -159,7 +167,9 @@ class _Leaving:
             if masks:
                 edit.keep(name, masks)
         for node in list(program.graph.nodes):
-            if node in touched and node.op == "call_function":
+            if node in frozen:
+                freeze(node, frozen[node], resize)
+            elif node in touched and node.op == "call_function":
                 rule = rule_of(node)
                 assert rule is not None, node
                 edit.set_shape(node, resize.shapes(node))
