@@ -23,9 +23,9 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m torchlathe.tools.bench.quality.page` from tools/bench/results. -->
 
-`python -m torchlathe.tools.bench.bench_quality`, on {cpu}, {threads} thread, torch {torch}; each
-net and seed in a run of its own. Nothing is trained after the erase: the numbers are what each
-method leaves. Each importance is [described here](importance.md); *refitted* is `compensate=true`.
+`python -m torchlathe.tools.bench.bench_quality`, on {cpu}, {threads} thread, torch {torch}; the
+rows of Torch-Pruning and of the encoder in runs of their own, the former with earlier code of ours
+beside it. Nothing is trained after the erase: the numbers are what each method leaves. Each importance is [described here](importance.md); *refitted* is `compensate=true`.
 Under each table stands where Torch-Pruning is ahead.
 """
 
