@@ -320,12 +320,8 @@ def _check_original(program: Program, name: str, own: dict[str, torch.Tensor]) -
     for axis in {*kept, *zeroed}:
         if axis >= len(shape):
             raise InputError(f"{name} has {len(shape)} axes, the original had more", hint=hint)
-        parts = [table[axis] for table in (kept, zeroed) if axis in table]
-        last = max((int(part.max()) for part in parts if part.numel()), default=-1)
-        # Kept and zeroed indices together are all there were; one of them alone is a part. So are
-        # both after several passes, of which one may have zeroed the readers instead.
-        whole = len(parts) == 2 and len(program.history) < 2
-        expected[axis] = last + 1 if whole or shape[axis] <= last else None
+        # Where another tensor was zeroed, erased indices of this one are on no record but this.
+        expected[axis] = program.extents.get(name, {}).get(axis)
     if any(want is not None and want != got for want, got in zip(expected, shape, strict=True)):
         raise InputError(
             f"{name} has shape {shape}, the original had "

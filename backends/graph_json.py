@@ -111,6 +111,7 @@ class _Writer:
             "out_spec": encode_structure(program.out_spec),
             "kept": self._index_table(program.kept),
             "zeroed": self._index_table(program.zeroed),
+            "extents": [[name, sorted(axes.items())] for name, axes in program.extents.items()],
             "frozen": [[name, sorted(axes)] for name, axes in program.frozen.items()],
             "history": [plain(record) for record in program.history],
         }

@@ -120,6 +120,10 @@ class _Reader:
         program.rewritten = frozenset(self._text(name) for name in self.data["rewritten"])
         program.kept = self._index_table(self.data["kept"])
         program.zeroed = self._index_table(self.data["zeroed"])
+        program.extents = {
+            self._text(name): {self._whole(axis): self._whole(size) for axis, size in axes}
+            for name, axes in self.data.get("extents", ())
+        }
         program.frozen = {
             self._text(name): frozenset(map(self._whole, axes))
             for name, axes in self.data.get("frozen", ())

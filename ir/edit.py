@@ -207,7 +207,9 @@ class Edit:
         name = program.aliases.get(name, name)
         tensor = program.entries[name].tensor.detach()
         record = program.kept.setdefault(name, {})
+        extents = program.extents.setdefault(name, {})
         for axis, indices in axes.items():
+            extents.setdefault(axis, tensor.shape[axis])
             tensor = _select(tensor, axis, indices)
             before = record.get(axis)
             record[axis] = indices if before is None else before[indices]
@@ -230,6 +232,9 @@ class Edit:
         record = program.zeroed.setdefault(name, {})
         if record and not any(map(len, record.values())):
             return
+        shape = program.entries[name].tensor.shape
+        if axis < len(shape):  # a scalar has no axis, and is zeroed as a whole
+            program.extents.setdefault(name, {}).setdefault(axis, shape[axis])
         if axis in record:
             original = torch.cat([record[axis], original]).unique()
         record[axis] = original

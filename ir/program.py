@@ -84,6 +84,7 @@ class Program:
         kept: Per tensor and axis, the original indices that are left (absent: all).
         zeroed: Per tensor and axis, the original indices whose slices an equal full-size model
             has at zero.
+        extents: Per tensor and axis of which indices went, how many the original had.
         frozen: Per tensor, the axes along which constants were computed from it: new zeros there
             would be those of a model with other constants.
         rewritten: Tensors that passes gave other values than the model has, or added.
@@ -116,6 +117,7 @@ class Program:
         self.range_constraints = dict(range_constraints or {})
         self.kept: dict[str, dict[int, torch.Tensor]] = {}
         self.zeroed: dict[str, dict[int, torch.Tensor]] = {}
+        self.extents: dict[str, dict[int, int]] = {}
         self.frozen: dict[str, frozenset[int]] = {}
         self.rewritten: frozenset[str] = frozenset()
         self.history: list[Any] = []
@@ -314,6 +316,7 @@ class Program:
         )
         other.kept = {name: dict(axes) for name, axes in self.kept.items()}
         other.zeroed = {name: dict(axes) for name, axes in self.zeroed.items()}
+        other.extents = {name: dict(axes) for name, axes in self.extents.items()}
         other.frozen = dict(self.frozen)
         other.rewritten = self.rewritten
         other.history = list(self.history)
@@ -334,6 +337,7 @@ class Program:
         self.model_name = other.model_name
         self.kept = {name: dict(axes) for name, axes in other.kept.items()}
         self.zeroed = {name: dict(axes) for name, axes in other.zeroed.items()}
+        self.extents = {name: dict(axes) for name, axes in other.extents.items()}
         self.frozen = dict(other.frozen)
         self.rewritten = other.rewritten
         self.history = list(other.history)

