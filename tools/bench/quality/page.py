@@ -25,7 +25,8 @@ INTRODUCTION = """\
 
 `python -m torchlathe.tools.bench.bench_quality`, on {cpu}, {threads} thread, torch {torch}; the
 rows of Torch-Pruning and of the encoder in runs of their own, the former with earlier code of ours
-beside it. Nothing is trained after the erase: the numbers are what each method leaves. Each importance is [described here](importance.md); *refitted* is `compensate=true`.
+beside it. Nothing is trained after the erase: the numbers are what each method leaves. Each
+importance is [described here](importance.md); *refitted* is `compensate=true`.
 Under each table stands where Torch-Pruning is ahead.
 """
 
