@@ -15,7 +15,7 @@ from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
 from torchlathe.passes.rewrite.freezing import freeze, frozen_axes, frozen_values
 from torchlathe.passes.rewrite.units import unit_indices
 
-__all__ = ["ZeroedSlices", "erase_units"]
+__all__ = ["ZeroedSlices", "erase_units", "shrink"]
 
 
 @dataclass(frozen=True)
@@ -85,26 +85,38 @@ def erase_units(
         for name, axes in zeroed.items():
             for axis, indices in axes.items():
                 edit.record_zeroed(name, axis, indices)
-        for name, node in program.tensor_nodes.items():
-            masks = {
-                axis: stay.nonzero().flatten()
-                for axis, term in enumerate(axis_map.terms(node))
-                if (stay := resize.mask(term)) is not None
-            }
-            if masks:
-                edit.keep(name, masks)
-        for node in list(program.graph.nodes):
-            if node in frozen:
-                freeze(node, frozen[node], resize)
-            elif node in touched and node.op == "call_function":
-                rule = rule_of(node)
-                assert rule is not None, node
-                edit.set_shape(node, resize.shapes(node))
-                rule.resize(node, resize)
-        _allow_other_strides(program)
+        shrink(resize, touched, frozen)
         for node, delta in folded.items():
             fold_into_bias(node, delta, resize)
     return zeros
+
+
+def shrink(resize: Resize, touched: set[fx.Node], frozen: Mapping[fx.Node, torch.Tensor]) -> None:
+    """Cut the tensors that are read, and recompute every static integer behind them.
+
+    Args:
+        resize: What is kept of each atom, and the edit to change the program through.
+        touched: Nodes that carry an atom of which units go.
+        frozen: Nodes that become constants, with their values.
+    """
+    program, edit = resize.edit.program, resize.edit
+    for name, node in program.tensor_nodes.items():
+        masks = {
+            axis: stay.nonzero().flatten()
+            for axis, term in enumerate(resize.axis_map.terms(node))
+            if node.users and (stay := resize.mask(term)) is not None
+        }
+        if masks:
+            edit.keep(name, masks)
+    for node in list(program.graph.nodes):
+        if node in frozen:
+            freeze(node, frozen[node], resize)
+        elif node in touched and node.op == "call_function":
+            rule = rule_of(node)
+            assert rule is not None, node
+            edit.set_shape(node, resize.shapes(node))
+            rule.resize(node, resize)
+    _allow_other_strides(program)
 
 
 def _allow_other_strides(program: Program) -> None:

@@ -9,16 +9,16 @@ import torch
 from torch import fx
 
 from torchlathe.ir import InputError, Program, info
-from torchlathe.ir.axes import Resize, rule_of
+from torchlathe.ir.axes import Resize
 from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.edit import Edit, has_effect
 from torchlathe.passes.analysis.branches import CATS, PRODUCTS, Branch
 from torchlathe.passes.analysis.constants import op_name
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
 from torchlathe.passes.analysis.segments import Segments
-from torchlathe.passes.rewrite.erase import ZeroedSlices
+from torchlathe.passes.rewrite.erase import ZeroedSlices, shrink
 from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
-from torchlathe.passes.rewrite.freezing import freeze, frozen_axes, frozen_values
+from torchlathe.passes.rewrite.freezing import frozen_axes, frozen_values
 from torchlathe.passes.rewrite.liveness import Liveness
 from torchlathe.passes.rewrite.units import unit_indices
 
@@ -125,7 +125,7 @@ class _Leaving:
                     analysis.axis_map, kept, edit, corrected, lambda n: self.zeroed(n, before[n])
                 )
                 touched = {n for f in families for n in analysis.index.touching[f.atom.number]}
-                self._shrink(resize, touched, frozen)
+                shrink(resize, touched, frozen)
                 program.frozen.update(fixed)
                 alive = set(program.graph.nodes)
                 for node, delta in folded.items():
@@ -154,29 +154,6 @@ class _Leaving:
             factor, offset = (sign, held) if gone is first else (1.0, sign * held)
         assert isinstance(rest, fx.Node)
         edit.replace(joint, _scaled(rest, factor, offset, joint, edit))
-
-    def _shrink(self, resize: Resize, touched: set[fx.Node], frozen: Mapping[fx.Node, Any]) -> None:
-        """Take what is left out of a concatenation from everything behind it."""
-        program, edit = self.program, resize.edit
-        for name, node in program.tensor_nodes.items():
-            masks = {
-                axis: stay.nonzero().flatten()
-                for axis, term in enumerate(resize.axis_map.terms(node))
-                if node.users and (stay := resize.mask(term)) is not None
-            }
-            if masks:
-                edit.keep(name, masks)
-        for node in list(program.graph.nodes):
-            if node in frozen:
-                freeze(node, frozen[node], resize)
-            elif node in touched and node.op == "call_function":
-                rule = rule_of(node)
-                assert rule is not None, node
-                edit.set_shape(node, resize.shapes(node))
-                rule.resize(node, resize)
-        # The memory order of a result may depend on sizes; a reshape copies where a view cannot.
-        for node in program.graph.find_nodes(op="call_function", target=_ATEN.view.default):
-            node.target = _ATEN.reshape.default
 
     def _unwrap(self, joint: fx.Node, edit: Edit) -> None:
         """A concatenation of one tensor is that tensor."""

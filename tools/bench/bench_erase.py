@@ -16,8 +16,6 @@ import copy
 import gc
 import importlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
-from torchlathe._version import __version__
 from torchlathe.ir import Program, capture
 from torchlathe.passes import PassContext, PassManager, StructuredErase, ZeroInvariantGroups
 from torchlathe.tools.bench.erase_cases import CASES, COVERAGE, Case
+from torchlathe.tools.bench.machine import machine
 from torchlathe.tools.compat import define_torchvision_ops
 
-__all__ = ["machine", "main", "measure_case", "measure_coverage", "measure_memory"]
+__all__ = ["main", "measure_case", "measure_coverage", "measure_memory"]
 
 RESULTS = Path(__file__).resolve().parent / "results" / "erase_cpu.json"
 RATIO = 0.5
@@ -359,31 +357,6 @@ def _peak() -> int:
 
 def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def machine() -> dict[str, Any]:
-    """What a result depends on: processor, versions and commit."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchlathe": __version__,
-        "commit": commit or None,
-    }
 
 
 # -- output ----------------------------------------------------------------------------------

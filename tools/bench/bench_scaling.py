@@ -29,7 +29,7 @@ from torchlathe.ir.axes import AxisTerms
 from torchlathe.ir.capturing import from_exported
 from torchlathe.ir.verifying import verify
 from torchlathe.passes import PassContext, PassManager, StructuredErase, ZeroInvariantGroups
-from torchlathe.tools.bench.bench_erase import machine
+from torchlathe.tools.bench.machine import machine
 from torchlathe.tools.bench.scaling_nets import NETS, Net
 
 __all__ = ["STAGES", "main", "measure", "slope"]
