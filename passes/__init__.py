@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torchlathe.passes.analysis.explain import Explanation, explain
     from torchlathe.passes.analysis.families import ZeroInvariantGroups
     from torchlathe.passes.analysis.segments import Segments
-    from torchlathe.passes.rewrite.erase_operators import EraseOperators
-    from torchlathe.passes.rewrite.structured_erase import StructuredErase
+    from torchlathe.passes.rewrite.branches.erase_operators import EraseOperators
+    from torchlathe.passes.rewrite.erasing.structured_erase import StructuredErase
 
 __all__ = [
     "AnalysisPass",

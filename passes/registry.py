@@ -37,9 +37,9 @@ __all__ = [
 ENTRY_POINTS = "torchlathe.passes"
 
 TABLE = {
-    "erase-operators": "torchlathe.passes.rewrite.erase_operators:EraseOperators",
+    "erase-operators": "torchlathe.passes.rewrite.branches.erase_operators:EraseOperators",
     "segments": "torchlathe.passes.analysis.segments:Segments",
-    "structured-erase": "torchlathe.passes.rewrite.structured_erase:StructuredErase",
+    "structured-erase": "torchlathe.passes.rewrite.erasing.structured_erase:StructuredErase",
     "zero-invariant-groups": "torchlathe.passes.analysis.families:ZeroInvariantGroups",
 }
 

@@ -253,7 +253,7 @@ def units_left(
         after: The program after.
         nodes: ``before.tensor_nodes``, made once for all families.
     """
-    from torchlathe.passes.rewrite.units import unit_indices
+    from torchlathe.passes.rewrite.erasing.units import unit_indices
 
     alive = [part for part in family.slices if part.name in after.entries]
     for part in alive:

@@ -14,7 +14,7 @@ from torch import fx
 from torchlathe.ir import Program, TensorKind
 from torchlathe.passes.analysis.families import Families, Family, ParameterSlice
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.rewrite.units import unit_indices
+from torchlathe.passes.rewrite.erasing.units import unit_indices
 
 __all__ = ["Criterion", "Scoring"]
 

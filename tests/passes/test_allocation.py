@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.passes.erase_models import program
 from torchlathe.passes import ZeroInvariantGroups
 from torchlathe.passes.analysis.families import Family
-from torchlathe.passes.rewrite.allocation import Limit, climb, closest, first_rung
-from torchlathe.passes.rewrite.selection import Floors, Ladder, global_ladder, local_ladder
+from torchlathe.passes.rewrite.allocation.climbing import Limit, climb, closest, first_rung
+from torchlathe.passes.rewrite.allocation.ladders import Floors, Ladder, global_ladder, local_ladder
 
 
 @functools.cache

@@ -15,9 +15,9 @@ import torchlathe as tl
 from tests.passes.erase_models import BIG, SMALL, program
 from torchlathe.ir import OptionError, PassError, Program
 from torchlathe.passes import PassManager, StructuredErase, ZeroInvariantGroups, parse_pipeline
-from torchlathe.passes.rewrite.erase import erase_units
-from torchlathe.passes.rewrite.sizes import Sizes
-from torchlathe.passes.rewrite.units import unit_indices
+from torchlathe.passes.rewrite.allocation.sizes import Sizes
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
+from torchlathe.passes.rewrite.erasing.units import unit_indices
 
 BUDGETS = ["params", "bytes", "flops"]
 

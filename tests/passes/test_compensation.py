@@ -13,9 +13,9 @@ import torchlathe as tl
 from torchlathe.ir import InputError, OptionError, Program
 from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.rewrite.compensation import Compensation, Refit
-from torchlathe.passes.rewrite.erase import erase_units
-from torchlathe.passes.rewrite.refitting import Problem, solve
+from torchlathe.passes.rewrite.compensating.compensation import Compensation, Refit
+from torchlathe.passes.rewrite.compensating.refitting import Problem, solve
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 from torchlathe.passes.statistics import (
     LockstepRun,
     Watch,

@@ -21,8 +21,8 @@ from torchlathe.ir.verifying import check_equivalence, verify
 from torchlathe.passes import EraseOperators, Segments, StructuredErase
 from torchlathe.passes.analysis.branches import Branch
 from torchlathe.passes.analysis.segments import SegmentGraph
-from torchlathe.passes.rewrite.leave_out import erase_branches
-from torchlathe.passes.rewrite.liveness import Liveness
+from torchlathe.passes.rewrite.branches.leave_out import erase_branches
+from torchlathe.passes.rewrite.branches.liveness import Liveness
 
 # Both sides run in float64 and differ in the order of sums at most.
 EXACT = 1e-9
@@ -524,8 +524,8 @@ def test_output_change_finds_the_branch_that_does_nothing() -> None:
 
 def test_output_change_is_the_distance_of_the_outputs(residual: Program) -> None:
     from torchlathe.passes.base import PassContext
-    from torchlathe.passes.rewrite.branch_scores import branch_scores
-    from torchlathe.passes.rewrite.leave_out import zeroed_by
+    from torchlathe.passes.rewrite.branches.leave_out import zeroed_by
+    from torchlathe.passes.rewrite.branches.scores import branch_scores
 
     program = tl.capture(_network([7, 9, 10]), (torch.randn(2, 3, 4).double(),))
     branches = [b for b in program.analysis(Segments).branches if not b.reason]
@@ -558,7 +558,7 @@ def test_random_follows_the_seed(residual: Program) -> None:
 
 
 def test_many_branches_go_by_magnitude(residual: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchlathe.passes.rewrite.branch_scores.FEW", 4)
+    monkeypatch.setattr("torchlathe.passes.rewrite.branches.scores.FEW", 4)
     assert _left(residual, EraseOperators()).history[-1].statistics["importance"] == "magnitude"
 
 

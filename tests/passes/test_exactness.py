@@ -13,7 +13,7 @@ import torchlathe as tl
 from tests.passes.test_families import Net
 from torchlathe.ir import Program
 from torchlathe.passes import PassManager, ZeroInvariantGroups
-from torchlathe.passes.rewrite.erase import erase_units
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 
 TWICE = "structured-erase{sparsity=0.3},structured-erase{sparsity=0.3}"
 

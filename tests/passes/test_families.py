@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchlathe as tl
 from torchlathe.ir import Program
 from torchlathe.passes import PassManager, ZeroInvariantGroups
-from torchlathe.passes.rewrite.erase import erase_units
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 
 
 class Net(nn.Module):

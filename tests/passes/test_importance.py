@@ -110,7 +110,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def owned(case: Case, family: Family, unit: int, *, writers: bool = False) -> list[Any]:
     """(name, axis, indices) of what a unit owns, found by zeroing it in the axis terms' masks."""
-    from torchlathe.passes.rewrite.units import unit_indices
+    from torchlathe.passes.rewrite.erasing.units import unit_indices
 
     found = []
     nodes = case.program.tensor_nodes

@@ -12,7 +12,7 @@ import torchlathe as tl
 from tests.passes.test_families import Net
 from torchlathe.ir import Program, UnsupportedError
 from torchlathe.passes import PassManager, ZeroInvariantGroups
-from torchlathe.passes.rewrite.measuring import error_notes, measured_error
+from torchlathe.passes.rewrite.erasing.measuring import error_notes, measured_error
 
 WIDTH = 6
 

@@ -14,7 +14,7 @@ from tests.passes.erase_models import BIG, SMALL, program
 from torchlathe.ir import InputError, PassError, Program, UnsupportedError
 from torchlathe.ir.trainable import TrainableProgram
 from torchlathe.passes import PassManager, StructuredErase, ZeroInvariantGroups
-from torchlathe.passes.rewrite.budgets import Ramp
+from torchlathe.passes.rewrite.allocation.budgets import Ramp
 
 
 def erase(before: Program, verify: Any = "fast", **options: Any) -> Program:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torchlathe as tl
 from torchlathe.ir import InputError, OptionError, PassError, Program
 from torchlathe.passes import PassManager, StructuredErase, ZeroInvariantGroups
-from torchlathe.passes.rewrite.erase import erase_units
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 
 
 class Mlp(nn.Module):

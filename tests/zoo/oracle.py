@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from tests.zoo.zoo_model import Inputs, ZooModel
 from torchlathe.ir import Program, capture
 from torchlathe.passes import ZeroInvariantGroups
-from torchlathe.passes.rewrite.erase import erase_units
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 
 __all__ = [
     "EXACT",

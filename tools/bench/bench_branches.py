@@ -26,7 +26,7 @@ from torch import nn
 from torchlathe import PassManager, capture
 from torchlathe.ir import Program
 from torchlathe.passes import EraseOperators, Segments
-from torchlathe.passes.rewrite.leave_out import erase_branches
+from torchlathe.passes.rewrite.branches.leave_out import erase_branches
 from torchlathe.tools.bench.machine import machine
 from torchlathe.tools.bench.quality.nets import accuracy, digits, trained
 

@@ -16,7 +16,7 @@ from torchlathe.ir.axes import AxisTerms, Resize
 from torchlathe.ir.axes.inference import AxisMap
 from torchlathe.ir.axes.terms import Solver
 from torchlathe.passes import ZeroInvariantGroups
-from torchlathe.passes.rewrite.erase import erase_units
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 
 
 def resize_of(solver: Solver, kept: dict[Any, str]) -> Resize:

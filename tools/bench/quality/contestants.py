@@ -13,7 +13,7 @@ from torchlathe.passes import PassManager, StructuredErase, ZeroInvariantGroups
 from torchlathe.passes.analysis.families import Family
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.importance import Criterion, Scoring, get_criterion, scores
-from torchlathe.passes.rewrite.compensation import Compensation
+from torchlathe.passes.rewrite.compensating.compensation import Compensation
 
 __all__ = ["Task", "erase", "scored"]
 

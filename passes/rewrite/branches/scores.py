@@ -14,8 +14,8 @@ from torchlathe.ir.fakes import valueless
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.analysis.branches import Branch
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.rewrite.erase import ZeroedSlices
-from torchlathe.passes.rewrite.leave_out import zeroed_by
+from torchlathe.passes.rewrite.branches.leave_out import zeroed_by
+from torchlathe.passes.rewrite.erasing.shrink import ZeroedSlices
 from torchlathe.passes.statistics.gradients import stream_gradients
 from torchlathe.passes.statistics.running import flat_batches
 

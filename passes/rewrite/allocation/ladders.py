@@ -1,7 +1,7 @@
 """Which units go first: ladders from a whole program down to one at its floors.
 
 A ladder says, for each of its rungs, how many units every family keeps; within a family the
-lowest scores go first. How far down to climb is for `torchlathe.passes.rewrite.allocation` to say.
+lowest scores go first. How far down to climb is for `allocation.climbing` to say.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torchlathe.ir import Error, Program
 from torchlathe.ir.equivalence import cannot_run, check_equivalence
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
 from torchlathe.passes.base import Diagnostic
-from torchlathe.passes.rewrite.erase import erase_units
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 
 __all__ = ["MeasuredError", "error_notes", "measured_error"]
 

@@ -10,7 +10,7 @@ import torch
 from torchlathe.ir import Program
 from torchlathe.ir.trainable import TrainableProgram
 from torchlathe.passes.analysis.families import Family
-from torchlathe.passes.rewrite.erase import ZeroedSlices, erase_units
+from torchlathe.passes.rewrite.erasing.shrink import ZeroedSlices, erase_units
 
 __all__ = ["Composition", "train_between"]
 

@@ -11,8 +11,8 @@ from torchlathe.ir import Program
 from torchlathe.ir.cost.latency import LatencyTable
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
-from torchlathe.passes.rewrite.allocation import first_rung
-from torchlathe.passes.rewrite.erase import erase_units
+from torchlathe.passes.rewrite.allocation.climbing import first_rung
+from torchlathe.passes.rewrite.erasing.shrink import erase_units
 
 __all__ = ["Found", "LatencySearch"]
 

@@ -23,7 +23,7 @@ from torchlathe.ir.edit import Edit
 from torchlathe.ir.provenance import info
 from torchlathe.passes.analysis.families import Family
 from torchlathe.passes.base import Diagnostic, PassContext
-from torchlathe.passes.rewrite.refitting import Problem, solve
+from torchlathe.passes.rewrite.compensating.refitting import Problem, solve
 from torchlathe.passes.statistics import LockstepRun, Reader, patches, readers_of
 from torchlathe.passes.statistics.running import flat_batches, need_data
 

@@ -16,11 +16,11 @@ from torchlathe.passes.analysis.branches import CATS, PRODUCTS, Branch
 from torchlathe.passes.analysis.constants import op_name
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
 from torchlathe.passes.analysis.segments import Segments
-from torchlathe.passes.rewrite.erase import ZeroedSlices, shrink
-from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
-from torchlathe.passes.rewrite.freezing import frozen_axes, frozen_values
-from torchlathe.passes.rewrite.liveness import Liveness
-from torchlathe.passes.rewrite.units import unit_indices
+from torchlathe.passes.rewrite.branches.liveness import Liveness
+from torchlathe.passes.rewrite.erasing.folding import fold_into_bias, folded_constants
+from torchlathe.passes.rewrite.erasing.freezing import frozen_axes, frozen_values
+from torchlathe.passes.rewrite.erasing.shrink import ZeroedSlices, shrink
+from torchlathe.passes.rewrite.erasing.units import unit_indices
 
 __all__ = ["erase_branches", "zeroed_by"]
 

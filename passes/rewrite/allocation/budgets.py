@@ -10,11 +10,11 @@ from torchlathe.ir import OptionError, Program
 from torchlathe.passes.analysis.families import Family
 from torchlathe.passes.base import Diagnostic
 from torchlathe.passes.quantities import BYTES, COUNT, TIME, Quantity, Unit, quantity
-from torchlathe.passes.rewrite.allocation import Limit
+from torchlathe.passes.rewrite.allocation.climbing import Limit
 
 if TYPE_CHECKING:
-    from torchlathe.passes.rewrite.selection import Floors
-    from torchlathe.passes.rewrite.sizes import Sizes
+    from torchlathe.passes.rewrite.allocation.ladders import Floors
+    from torchlathe.passes.rewrite.allocation.sizes import Sizes
 
 __all__ = ["UNITS", "Goal", "Ramp", "budgets", "shortfall", "unit_costs"]
 

@@ -19,7 +19,7 @@ from torchlathe.ir.axes.rules.contraction import Contraction
 from torchlathe.ir.fakes import valueless
 from torchlathe.ir.interpreting import ReplaceTensor
 from torchlathe.passes.analysis.families import Family
-from torchlathe.passes.rewrite.units import unit_indices
+from torchlathe.passes.rewrite.erasing.units import unit_indices
 
 __all__ = ["fold_into_bias", "folded_constants"]
 

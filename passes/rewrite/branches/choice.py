@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchlathe.passes.analysis.branches import Branch
-from torchlathe.passes.rewrite.liveness import Liveness
+from torchlathe.passes.rewrite.branches.liveness import Liveness
 
 __all__ = ["Aim", "Chosen", "choose_branches", "per_cost"]
 

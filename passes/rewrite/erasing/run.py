@@ -12,15 +12,16 @@ from torchlathe.ir.cost.latency import LatencyTable
 from torchlathe.passes.analysis.families import Families, Family, ZeroInvariantGroups
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult
 from torchlathe.passes.importance import comparable, scores
-from torchlathe.passes.rewrite.allocation import Allocation, Limit, climb, closest
-from torchlathe.passes.rewrite.budgets import Goal, measures, shortfall, unit_costs, whole_costs
-from torchlathe.passes.rewrite.choosing import writes
-from torchlathe.passes.rewrite.compensation import Compensation
-from torchlathe.passes.rewrite.isomorphism import isomorphic_groups
-from torchlathe.passes.rewrite.latency_search import Found, LatencySearch
-from torchlathe.passes.rewrite.measuring import error_notes
-from torchlathe.passes.rewrite.schedules import Composition, train_between
-from torchlathe.passes.rewrite.selection import (
+from torchlathe.passes.rewrite.allocation.budgets import (
+    Goal,
+    measures,
+    shortfall,
+    unit_costs,
+    whole_costs,
+)
+from torchlathe.passes.rewrite.allocation.climbing import Allocation, Limit, climb, closest
+from torchlathe.passes.rewrite.allocation.isomorphism import isomorphic_groups
+from torchlathe.passes.rewrite.allocation.ladders import (
     Ladder,
     Scores,
     global_ladder,
@@ -29,11 +30,16 @@ from torchlathe.passes.rewrite.selection import (
     local_ladder,
     lowest,
 )
-from torchlathe.passes.rewrite.sizes import Sizes
-from torchlathe.passes.rewrite.zeros import zero_units
+from torchlathe.passes.rewrite.allocation.latency_search import Found, LatencySearch
+from torchlathe.passes.rewrite.allocation.sizes import Sizes
+from torchlathe.passes.rewrite.compensating.compensation import Compensation
+from torchlathe.passes.rewrite.erasing.choosing import writes
+from torchlathe.passes.rewrite.erasing.measuring import error_notes
+from torchlathe.passes.rewrite.erasing.schedules import Composition, train_between
+from torchlathe.passes.rewrite.erasing.zeros import zero_units
 
 if TYPE_CHECKING:
-    from torchlathe.passes.rewrite.structured_erase import StructuredErase
+    from torchlathe.passes.rewrite.erasing.structured_erase import StructuredErase
 
 __all__ = ["EraseRun"]
 

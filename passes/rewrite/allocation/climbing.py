@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchlathe.passes.analysis.families import Family
-from torchlathe.passes.rewrite.selection import Floors, Ladder
+from torchlathe.passes.rewrite.allocation.ladders import Floors, Ladder
 
 __all__ = ["Allocation", "Limit", "climb", "closest", "first_rung", "refill"]
 

@@ -15,10 +15,10 @@ from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.base import Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.importance import Criterion, criterion_names, get_criterion, need_values
 from torchlathe.passes.quantities import Quantity
-from torchlathe.passes.rewrite.budgets import Ramp, budgets
-from torchlathe.passes.rewrite.choosing import Choice
-from torchlathe.passes.rewrite.erase_run import EraseRun
-from torchlathe.passes.rewrite.selection import Floors
+from torchlathe.passes.rewrite.allocation.budgets import Ramp, budgets
+from torchlathe.passes.rewrite.allocation.ladders import Floors
+from torchlathe.passes.rewrite.erasing.choosing import Choice
+from torchlathe.passes.rewrite.erasing.run import EraseRun
 
 __all__ = ["StructuredErase"]
 

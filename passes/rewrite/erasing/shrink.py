@@ -11,9 +11,9 @@ from torch import fx
 from torchlathe.ir import InputError, Program
 from torchlathe.ir.axes import AxisMap, Resize, rule_of
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
-from torchlathe.passes.rewrite.folding import fold_into_bias, folded_constants
-from torchlathe.passes.rewrite.freezing import freeze, frozen_axes, frozen_values
-from torchlathe.passes.rewrite.units import unit_indices
+from torchlathe.passes.rewrite.erasing.folding import fold_into_bias, folded_constants
+from torchlathe.passes.rewrite.erasing.freezing import freeze, frozen_axes, frozen_values
+from torchlathe.passes.rewrite.erasing.units import unit_indices
 
 __all__ = ["ZeroedSlices", "erase_units", "shrink"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import torchlathe as tl
 from torchlathe.passes import ZeroInvariantGroups
 from torchlathe.passes.analysis.families import Families, Family
-from torchlathe.passes.rewrite.isomorphism import isomorphic_groups, structure_of
-from torchlathe.passes.rewrite.selection import (
+from torchlathe.passes.rewrite.allocation.isomorphism import isomorphic_groups, structure_of
+from torchlathe.passes.rewrite.allocation.ladders import (
     Floors,
     Ladder,
     global_ladder,

@@ -18,8 +18,8 @@ from torchlathe.ir import InputError, Program
 from torchlathe.ir.axes import UNKNOWN, ZERO, Flow
 from torchlathe.ir.axes.rule import Value
 from torchlathe.passes.analysis.families import Families, Family, ParameterSlice
-from torchlathe.passes.rewrite.selection import Floors
-from torchlathe.passes.rewrite.units import unit_indices
+from torchlathe.passes.rewrite.allocation.ladders import Floors
+from torchlathe.passes.rewrite.erasing.units import unit_indices
 
 __all__ = ["zero_units"]
 

@@ -14,10 +14,10 @@ from torchlathe.passes.analysis.segments import SegmentGraph, Segments
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.options import did_you_mean
 from torchlathe.passes.quantities import COUNT, Quantity, quantity
-from torchlathe.passes.rewrite.branch_choice import Aim, Chosen, choose_branches, per_cost
-from torchlathe.passes.rewrite.branch_scores import CRITERIA, branch_scores, resolved
-from torchlathe.passes.rewrite.leave_out import erase_branches
-from torchlathe.passes.rewrite.liveness import Liveness
+from torchlathe.passes.rewrite.branches.choice import Aim, Chosen, choose_branches, per_cost
+from torchlathe.passes.rewrite.branches.leave_out import erase_branches
+from torchlathe.passes.rewrite.branches.liveness import Liveness
+from torchlathe.passes.rewrite.branches.scores import CRITERIA, branch_scores, resolved
 
 __all__ = ["EraseOperators"]
 

@@ -1,0 +1,1 @@
+"""How many units each family keeps: ladders of scores, and limits on what is left."""

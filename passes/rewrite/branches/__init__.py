@@ -1,0 +1,1 @@
+"""Erasing whole branches of operators."""

@@ -1,0 +1,1 @@
+"""Refitting what reads erased units, from calibration statistics."""

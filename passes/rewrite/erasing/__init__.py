@@ -1,0 +1,1 @@
+"""Structured erase: which units may go, cutting them out, and what keeps the outputs."""
