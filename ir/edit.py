@@ -269,7 +269,10 @@ class Edit:
 
     def _drop_dead(self) -> None:
         program = self.program
-        program.graph.eliminate_dead_code(has_effect)
+        for node in reversed(program.graph.nodes):
+            # FX's own asks of each node whether it has an effect, and of few does it matter.
+            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
+                program.graph.erase_node(node)
         for name, node in program.tensor_nodes.items():
             if not node.users:
                 program.graph.erase_node(node)

@@ -150,14 +150,22 @@ class FakeValues:
         extents = tuple(d.node.expr if isinstance(d, torch.SymInt) else d for d in shape)
         key = (extents, tuple(order), value.dtype, value.device)
         if key not in self._made:
-            strides: list[Any] = [0] * len(shape)
-            step: Any = 1
-            for axis in reversed(order):
-                strides[axis] = step
-                step = step * shape[axis]
-            meta = torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+            meta = _empty(shape, order, value.dtype)
             self._made[key] = FakeTensor(self._mode, meta, value.device)
         return self._made[key]
+
+
+def _empty(shape: list[Any], order: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Without gaps, axes from outermost to innermost in this order; on the meta device."""
+    if order == sorted(order):
+        # Where extents are symbolic, this takes half the arithmetic that given strides take.
+        return torch.empty(shape, dtype=dtype, device="meta")
+    strides: list[Any] = [0] * len(shape)
+    step: Any = 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step = step * shape[axis]
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 def _widest_operand(node: fx.Node) -> torch.Tensor | None:

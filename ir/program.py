@@ -63,6 +63,31 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
+class _GraphNote:
+    """What a graph was, to make it again if an edit fails.
+
+    Making nodes takes many times longer than noting what they are, and hardly an edit fails.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        # FX replaces arguments as a whole and never writes into them; metadata it does.
+        self._rows = [
+            (n, n.op, n.target, n.args, n.kwargs, n.name, n.type, dict(n.meta)) for n in graph.nodes
+        ]
+
+    def rebuild(self) -> fx.Graph:
+        """A new graph of new nodes, equal to the one that was noted."""
+        graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        for node, op, target, args, kwargs, name, kind, meta in self._rows:
+            new_args, new_kwargs = fx.map_arg((args, kwargs), made.__getitem__)
+            new = graph.create_node(op, target, new_args, new_kwargs, name=name, type_expr=kind)
+            new.name = name  # FX renames those that Python knows, ``input``
+            new.meta = meta
+            made[node] = new
+        return graph
+
+
 class Program:
     """A model as one flat FX graph in functional ATen, with its tensors beside it.
 
@@ -288,13 +313,14 @@ class Program:
 
         if self._editing:
             raise AssertionError("a program can be edited by one edit at a time")
-        before = self.copy()
+        before, note = self._copy_around(self.graph), _GraphNote(self.graph)
         self._editing = True
         edit = Edit(self, by)
         try:
             yield edit
             edit.finish()
         except BaseException:
+            before.graph = note.rebuild()
             self.restore(before)
             raise
         finally:
@@ -302,8 +328,12 @@ class Program:
 
     def copy(self) -> Program:
         """A copy with its own graph; tensors are shared, since nobody writes to them."""
+        return self._copy_around(copy_graph(self.graph))
+
+    def _copy_around(self, graph: fx.Graph) -> Program:
+        """A program of this graph with all else as it is here."""
         other = Program(
-            copy_graph(self.graph),
+            graph,
             self.entries,
             in_spec=self.in_spec,
             out_spec=self.out_spec,

@@ -12,9 +12,10 @@ import torch
 from torch import fx
 
 from torchlathe.ir import Program, TensorKind
+from torchlathe.ir.axes import Term
 from torchlathe.passes.analysis.families import Families, Family, ParameterSlice
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.rewrite.erasing.units import unit_indices
+from torchlathe.passes.rewrite.erasing.units import is_unit_axis, unit_indices
 
 __all__ = ["Criterion", "Scoring"]
 
@@ -80,9 +81,11 @@ class Scoring:
         """Which unit each index of a slice's axis belongs to, shape (axis,); -1 for none."""
         key = (part.name, part.axis, family.atom.number)
         if key not in self._owners:
-            term = self.families.axis_map.terms(self.nodes[part.name])[part.axis]
-            self._owners[key] = unit_indices(term, family.atom.number)
+            self._owners[key] = unit_indices(self._term(part), family.atom.number)
         return self._owners[key]
+
+    def _term(self, part: ParameterSlice) -> Term:
+        return self.families.axis_map.terms(self.nodes[part.name])[part.axis]
 
     def per_unit(self, family: Family, part: ParameterSlice, values: torch.Tensor) -> torch.Tensor:
         """Sum values, one per index of a slice's axis, into units.
@@ -93,8 +96,11 @@ class Scoring:
             values: Shape (axis,).
 
         Returns:
-            Float64 on the CPU, shape (extent,).
+            Float64 on the CPU, shape (extent,); the values themselves where there is nothing to
+            sum.
         """
+        if is_unit_axis(self._term(part), family.atom.number):
+            return values.to("cpu", torch.float64)
         owner = self.owner(family, part)
         mine = owner >= 0
         total = torch.zeros(family.extent, dtype=torch.float64)

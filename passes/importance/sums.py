@@ -28,13 +28,13 @@ class PowerSums:
 
     def mean(self, family: Family) -> torch.Tensor:
         """Mean over what each unit owns, shape (extent,)."""
-        count = torch.zeros(family.extent, dtype=torch.float64)
-        for part in self.scoring.owned(family):
-            tensor = self.scoring.tensor(part.name)
-            extent = tensor.shape[part.axis]
-            each = torch.full((extent,), float(tensor.numel() / extent))
-            count += self.scoring.per_unit(family, part, each)
-        return self.total(family) / count.clamp_min(1)
+        # A unit takes as many indices of an axis as any other, so all own the same number.
+        count = sum(
+            part.repeat * tensor.numel() // tensor.shape[part.axis]
+            for part in self.scoring.owned(family)
+            if (tensor := self.scoring.tensor(part.name)).numel()
+        )
+        return self.total(family) / max(1, count)
 
     def along(self, name: str, axis: int) -> torch.Tensor:
         """Per index of an axis, the sum over all others; shape (axis,) float64."""

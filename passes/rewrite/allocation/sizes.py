@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from torchlathe.ir import Program, TensorKind, info
-from torchlathe.ir.axes import AxisMap, Concat, Product, Term
+from torchlathe.ir.axes import Atom, AxisMap, Concat, Product, Term
 from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.cost.calls import Call, Value, read_call, value_of
 from torchlathe.ir.cost.flops import FLOPS
@@ -22,6 +22,9 @@ from torchlathe.passes.analysis.families import Families, Family
 __all__ = ["Sizes"]
 
 Kept = Mapping[int, int]
+Weight = Literal["prunable", "parameter", "itemsize"]  # fields of _Tensor
+# What is counted per element, the chosen atoms, and the concatenated terms of some tensors.
+_Group = tuple[int, tuple[int, ...], tuple[Term, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Sizes:
         self.axis_map: AxisMap = families.axis_map
         self._families = families
         self._chosen = chosen
+        self._sums: dict[Weight, list[_Group]] = {}
         nodes = program.tensor_nodes
         owned = {s.name for f in chosen for s in f.slices}
         self._tensors = [
@@ -75,19 +79,19 @@ class Sizes:
 
     def remaining(self, kept: Kept) -> int:
         """Parameters left of those that a chosen family owns slices of."""
-        return self._count(kept, lambda t: int(t.prunable))
+        return self._count(kept, "prunable")
 
     def parameters(self, kept: Kept) -> int:
         """Parameters of the whole program."""
         added = sum(count for count, _ in self._added(kept))
         whole = self.program.cost().parameters
-        return whole - self._owned[0] + self._count(kept, lambda t: int(t.parameter)) + added
+        return whole - self._owned[0] + self._count(kept, "parameter") + added
 
     def bytes(self, kept: Kept) -> int:
         """Bytes of the parameters and buffers of the whole program."""
         added = sum(count * itemsize for count, itemsize in self._added(kept))
         whole = self.program.cost().bytes
-        return whole - self._owned[1] + self._count(kept, lambda t: t.itemsize) + added
+        return whole - self._owned[1] + self._count(kept, "itemsize") + added
 
     def flops(self, kept: Kept) -> int:
         """FLOPs of the whole program at the sizes of the example inputs.
@@ -153,18 +157,53 @@ class Sizes:
                 found.setdefault(number, []).append(tensor)
         return found
 
-    def _count(self, kept: Kept, weight: Callable[[_Tensor], int]) -> int:
+    def _count(self, kept: Kept, weight: Weight) -> int:
+        """Sum of a weight per element over the tensors that are counted by their axes."""
+        if weight not in self._sums:
+            self._sums[weight] = self._sum(weight)
         extent = self._extents(kept)
+        chosen = self._extent_of
         return sum(
-            each * math.prod(map(extent, tensor.axes))
-            for tensor in self._tensors
-            if (each := weight(tensor))
+            each
+            * math.prod(kept.get(number, chosen[number]) for number in numbers)
+            * math.prod(map(extent, pieced))
+            for each, numbers, pieced in self._sums[weight]
         )
+
+    def _sum(self, weight: Weight) -> list[_Group]:
+        """Tensors with the same chosen atoms taken together: there are far fewer of these."""
+        found: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        terms: dict[int, Term] = {}
+        whole = self._extents({})
+        for tensor in self._tensors:
+            each = int(getattr(tensor, weight))
+            numbers: list[int] = []
+            pieced: list[int] = []
+            for factor in (f for term in tensor.axes for f in _factors(term)):
+                if isinstance(factor, Concat):
+                    terms[id(factor)] = factor
+                    pieced.append(id(factor))
+                elif factor.number in self._extent_of:
+                    numbers.append(factor.number)
+                else:
+                    each *= whole(factor)
+            if each:
+                key = (tuple(sorted(numbers)), tuple(pieced))
+                found[key] = found.get(key, 0) + each
+        return [
+            (each, numbers, tuple(terms[i] for i in pieced))
+            for (numbers, pieced), each in found.items()
+        ]
+
+    @cached_property
+    def _extent_of(self) -> dict[int, int]:
+        """Units of the chosen families now, by atom number."""
+        return {f.atom.number: f.extent for f in self._chosen}
 
     @cached_property
     def _owned(self) -> tuple[int, int]:
         """Parameters and bytes of the tensors that are counted by their axes."""
-        return self._count({}, lambda t: int(t.parameter)), self._count({}, lambda t: t.itemsize)
+        return self._count({}, "parameter"), self._count({}, "itemsize")
 
     def _added(self, kept: Kept) -> list[tuple[int, int]]:
         """Elements, and bytes of an element, of each bias that folding adds."""
@@ -244,6 +283,11 @@ class Sizes:
                 for item, terms in results
             )
         return value_of(value)
+
+
+def _factors(term: Term) -> Sequence[Atom | Concat]:
+    # A resolved product is flat.
+    return term.factors if isinstance(term, Product) else (term,)  # type: ignore[return-value]
 
 
 def _formula(node: fx.Node) -> Callable[[Call], Any] | None:

@@ -6,7 +6,12 @@ import torch
 
 from torchlathe.ir.axes import Atom, Concat, Term
 
-__all__ = ["unit_indices"]
+__all__ = ["is_unit_axis", "unit_indices"]
+
+
+def is_unit_axis(term: Term, number: int) -> bool:
+    """Whether index *i* of the axis belongs to unit *i* of the atom, for all of them."""
+    return isinstance(term, Atom) and term.number == number
 
 
 def unit_indices(term: Term, number: int) -> torch.Tensor:
