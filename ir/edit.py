@@ -196,6 +196,42 @@ class Edit:
         self.touch(node)
         return node
 
+    def tie(self, name: str, to: str) -> None:
+        """Let everything that reads one tensor read another; its name stays, as an alias.
+
+        Args:
+            name: The tensor that goes, with what is on record of its indices.
+            to: The tensor that stands for both from now on; its value does not change.
+
+        Raises:
+            ValueError: Their shapes, dtypes or kinds differ.
+        """
+        program = self.program
+        name, to = program.aliases.get(name, name), program.aliases.get(to, to)
+        if name == to:
+            return
+        old, new = program.entries[name], program.entries[to]
+        for a, b in (
+            (old.tensor.shape, new.tensor.shape),
+            (old.tensor.dtype, new.tensor.dtype),
+            (old.kind, new.kind),
+        ):
+            if a != b:
+                raise ValueError(f"{name} and {to} cannot be tied: {a} against {b}")
+        node, other = self._tensor_nodes.pop(name), self._tensor_nodes[to]
+        for user in list(node.users):
+            user.replace_input_with(node, other)
+            self._stale.add(user)
+        program.graph.erase_node(node)
+        del program.entries[name]
+        for record in (program.kept, program.zeroed, program.extents, program.frozen):
+            record.pop(name, None)
+        for alias in [a for a, n in program.aliases.items() if n == name]:
+            program.aliases[alias] = to
+        program.aliases[name] = to
+        program.rewritten |= {name, to}
+        self.count += 1
+
     def keep(self, name: str, axes: Mapping[int, torch.Tensor]) -> None:
         """Keep only these indices of a tensor's axes, and remember the original indices.
 
