@@ -290,7 +290,7 @@ class Edit:
             shapes = self._shapes.get(node)
             if node not in self._stale and shapes is None:
                 continue
-            value = None if shapes is None else values.resized(node.meta["val"], shapes)
+            value = None if shapes is None else values.resized(node, shapes)
             if value is not None:
                 node.meta["val"] = value
                 node.meta.pop("tensor_meta", None)

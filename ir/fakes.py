@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchlathe.ir.errors import Error, VerifyError
+from torchlathe.ir.extents import expression
 from torchlathe.ir.provenance import describe
+from torchlathe.ir.strides import StrideSampler
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -96,6 +98,7 @@ class FakeValues:
         self._mode = mode
         self._made: dict[Any, torch.Tensor] = {}
         self._runs: dict[Any, Any] = {}
+        self._sampler = StrideSampler()
         self._alive: list[Any] = []
 
     def run(self, node: fx.Node) -> Any:
@@ -125,47 +128,62 @@ class FakeValues:
 
         return node.target, repr(fx.map_arg((node.args, node.kwargs), identity))
 
-    def resized(self, value: Any, shapes: Sequence[Sequence[Any]]) -> Any:
-        """Fake values like these in other shapes; None where their strides have no simple order.
+    def resized(self, node: fx.Node, shapes: Sequence[Sequence[Any]]) -> Any:
+        """The value of a node that has other shapes now; None where its strides are not known.
 
         Args:
-            value: A fake tensor, or a list or tuple with some.
-            shapes: Per tensor, its new extents.
+            node: It has its old value, and its inputs have their new ones.
+            shapes: Per tensor of the value, its new extents.
         """
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value, list(shapes[0]))
-        rest = iter(shapes)
-        found = []
-        for item in value:
-            new = self._tensor(item, list(next(rest))) if isinstance(item, torch.Tensor) else item
-            if new is None and item is not None:
+        value = node.meta["val"]
+        tensors = [value] if isinstance(value, torch.Tensor) else list(_tensors(value))
+        new = [self._dense(t, list(shape)) for t, shape in zip(tensors, shapes, strict=True)]
+        if None in new:
+            strides = self._sampler.strides(node, shapes)
+            if strides is None:
                 return None
-            found.append(new)
-        return type(value)(found)
+            new = [
+                self._made_once(t, list(shape), list(steps))
+                for t, shape, steps in zip(tensors, shapes, strides, strict=True)
+            ]
+        if isinstance(value, torch.Tensor):
+            return new[0]
+        rest = iter(new)
+        return type(value)(next(rest) if isinstance(v, torch.Tensor) else v for v in value)
 
-    def _tensor(self, value: torch.Tensor, shape: list[Any]) -> torch.Tensor | None:
+    def _dense(self, value: torch.Tensor, shape: list[Any]) -> torch.Tensor | None:
+        """A value without gaps, in the memory order of the old one; None if that one has some."""
         order = _dense_order(value)
         if order is None:
             return None
-        extents = tuple(d.node.expr if isinstance(d, torch.SymInt) else d for d in shape)
-        key = (extents, tuple(order), value.dtype, value.device)
+        if order == sorted(order):
+            return self._made_once(value, shape, None)
+        strides: list[Any] = [0] * len(shape)
+        step: Any = 1
+        for axis in reversed(order):
+            strides[axis] = step
+            if axis != order[0]:  # a product with a symbol takes long, and this one is not needed
+                step = step * shape[axis]
+        return self._made_once(value, shape, strides)
+
+    def _made_once(
+        self, like: torch.Tensor, shape: list[Any], strides: list[Any] | None
+    ) -> torch.Tensor:
+        """A value of this shape; None for the strides that follow from it."""
+        steps = None if strides is None else tuple(map(expression, strides))
+        key = (tuple(map(expression, shape)), steps, like.dtype, like.device)
         if key not in self._made:
-            meta = _empty(shape, order, value.dtype)
-            self._made[key] = FakeTensor(self._mode, meta, value.device)
+            if strides is None:
+                # Where extents are symbolic, this takes half the arithmetic of given strides.
+                meta = torch.empty(shape, dtype=like.dtype, device="meta")
+            else:
+                meta = torch.empty_strided(shape, strides, dtype=like.dtype, device="meta")
+            self._made[key] = FakeTensor(self._mode, meta, like.device)
         return self._made[key]
 
 
-def _empty(shape: list[Any], order: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """Without gaps, axes from outermost to innermost in this order; on the meta device."""
-    if order == sorted(order):
-        # Where extents are symbolic, this takes half the arithmetic that given strides take.
-        return torch.empty(shape, dtype=dtype, device="meta")
-    strides: list[Any] = [0] * len(shape)
-    step: Any = 1
-    for axis in reversed(order):
-        strides[axis] = step
-        step = step * shape[axis]
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    return (item for item in values if isinstance(item, torch.Tensor))
 
 
 def _widest_operand(node: fx.Node) -> torch.Tensor | None:

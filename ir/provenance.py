@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -56,8 +57,11 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str | None:
     """``file:line (function)`` of the model code that made the node, outside of torch itself."""
     trace = node.meta.get("stack_trace")
-    if not trace:
-        return None
+    return _model_line(trace) if trace else None
+
+
+@functools.lru_cache(maxsize=4096)  # one line of a module makes many nodes
+def _model_line(trace: str) -> str | None:
     frames = list(_FRAME.finditer(trace))
     for frame in reversed(frames):
         if not _LIBRARY.search(frame["file"]) and not frame["file"].startswith("<"):

@@ -246,15 +246,16 @@ class Inference:
 
     def pin(self, term: Term, reason: str) -> None:
         """Declare that every index of a term must stay, because of the current node."""
-        node = self._node
-        assert node is not None
-        where = ", ".join(filter(None, (module_path(node), source_line(node))))
-        self.solver.pin(term, Pin(reason, node.name, where))
+        self.pin_all((term,), reason)
 
     def pin_all(self, terms: Sequence[Term], reason: str) -> None:
         """Pin several terms for one reason."""
+        node = self._node
+        assert node is not None
+        where = ", ".join(filter(None, (module_path(node), source_line(node))))
+        pin = Pin(reason, node.name, where)
         for term in terms:
-            self.pin(term, reason)
+            self.solver.pin(term, pin)
 
     def split(self, term: Term, inner: Extent) -> tuple[Term, Term]:
         """``outer x inner``; pins and makes new atoms where the structure does not allow it."""

@@ -43,8 +43,14 @@ class Resize:
     corrected: frozenset[fx.Node] = frozenset()
     twin: Callable[[str], torch.Tensor] = _no_twin
     _masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
-    # The cache above is keyed by id(term), so the terms must stay alive as long as it does.
+    _counts: dict[int, int] = field(default_factory=dict)
+    _indices: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    # The caches above are keyed by id(term), so the terms must stay alive as long as they do.
     _alive: list[Term] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Count what is kept once, since extents are asked for at every node."""
+        self._counts = {number: int(mask.sum()) for number, mask in self.kept.items()}
 
     def mask(self, term: Term) -> torch.Tensor | None:
         """Which indices of an axis stay, shape (extent,) bool; None for all of them."""
@@ -53,6 +59,14 @@ class Resize:
             self._alive.append(term)
             self._masks[key] = self._mask(self.axis_map.resolve(term))
         return self._masks[key]
+
+    def indices(self, term: Term) -> torch.Tensor | None:
+        """The indices of an axis that stay, shape (kept,) int64; None for all of them."""
+        key = id(term)
+        if key not in self._indices:
+            mask = self.mask(term)  # this also keeps the term alive
+            self._indices[key] = None if mask is None else mask.nonzero().flatten()
+        return self._indices[key]
 
     def _mask(self, term: Term) -> torch.Tensor | None:
         if isinstance(term, Atom):
@@ -83,8 +97,8 @@ class Resize:
         """The new extent of a term."""
         term = self.axis_map.resolve(term)
         if isinstance(term, Atom):
-            mask = self.kept.get(term.number)
-            return term.extent if mask is None else int(mask.sum())
+            count = self._counts.get(term.number)
+            return term.extent if count is None else count
         if isinstance(term, Product):
             result: Extent = 1
             for factor in term.factors:

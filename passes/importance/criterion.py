@@ -15,7 +15,7 @@ from torchlathe.ir import Program, TensorKind
 from torchlathe.ir.axes import Term
 from torchlathe.passes.analysis.families import Families, Family, ParameterSlice
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.rewrite.erasing.units import is_unit_axis, unit_indices
+from torchlathe.passes.rewrite.erasing.units import sum_by_unit, unit_indices
 
 __all__ = ["Criterion", "Scoring"]
 
@@ -99,12 +99,8 @@ class Scoring:
             Float64 on the CPU, shape (extent,); the values themselves where there is nothing to
             sum.
         """
-        if is_unit_axis(self._term(part), family.atom.number):
-            return values.to("cpu", torch.float64)
-        owner = self.owner(family, part)
-        mine = owner >= 0
-        total = torch.zeros(family.extent, dtype=torch.float64)
-        return total.index_add_(0, owner[mine], values.to("cpu", torch.float64)[mine])
+        wide = values.to("cpu", torch.float64)
+        return sum_by_unit(self._term(part), family.atom.number, wide)
 
     def rows(self, family: Family, part: ParameterSlice) -> torch.Tensor:
         """What each unit owns of one tensor, as a row; shape (extent, ...) flattened to two."""

@@ -9,6 +9,8 @@ from torchlathe.passes.importance.criterion import Scoring
 
 __all__ = ["PowerSums"]
 
+_CHUNK = 2**22  # elements that are raised to a power at a time, so that no copy of all is made
+
 
 class PowerSums:
     """Sums of absolute values or of squares; each (tensor, axis) is reduced once."""
@@ -17,7 +19,6 @@ class PowerSums:
         self.scoring = scoring
         self.order = order
         self._sums: dict[tuple[str, int], torch.Tensor] = {}
-        self._matrices: dict[str, torch.Tensor] = {}
 
     def total(self, family: Family) -> torch.Tensor:
         """Sum over what each unit owns, shape (extent,)."""
@@ -38,28 +39,31 @@ class PowerSums:
 
     def along(self, name: str, axis: int) -> torch.Tensor:
         """Per index of an axis, the sum over all others; shape (axis,) float64."""
-        key = (name, axis)
-        if key not in self._sums:
-            tensor = self._tensor(name, kernels=axis > 1)
-            others = [d for d in range(tensor.dim()) if d != axis]
-            order = self.order
-            norm = torch.linalg.vector_norm(tensor, order, dim=others) if others else tensor.abs()
-            norm = norm.to("cpu", torch.float64)
-            self._sums[key] = norm.square() if order == 2 else norm
-        return self._sums[key]
+        if (name, axis) not in self._sums:
+            tensor = self.scoring.tensor(name)
+            found = self._channels(tensor) if axis < 2 else [self._other(tensor, axis)]
+            for i, total in enumerate(found):
+                self._sums[name, i if axis < 2 else axis] = total.to("cpu", torch.float64)
+        return self._sums[name, axis]
 
-    def _tensor(self, name: str, *, kernels: bool) -> torch.Tensor:
-        """A tensor, or a matrix with the norms of its kernels.
+    def _channels(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Sums along the first axis, and the second if there is one, in one reading."""
+        if tensor.dim() < 2:
+            return [self._power(tensor)]
+        rows, columns = [], torch.zeros((), dtype=torch.float64, device=tensor.device)
+        for part in tensor.split(max(1, _CHUNK // max(1, tensor[0].numel()))):
+            power = self._power(part)
+            rows.append(power.flatten(1).sum(1))
+            # Adding up rows goes through memory as it lies, and is several times faster than
+            # reducing each small kernel first.
+            columns = columns + power.sum(0).flatten(1 if tensor.dim() > 2 else 0).double()
+        return [torch.cat(rows), columns.sum(1) if tensor.dim() > 2 else columns]
 
-        Both channel axes of a convolution are reduced from the matrix, so that the tensor, which
-        is many times larger, is read once. A vector norm needs no temporary of its size.
-        """
-        tensor = self.scoring.tensor(name)
+    def _other(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        others = [d for d in range(tensor.dim()) if d != axis]
+        return self._power(tensor).sum(others)
+
+    def _power(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor = tensor.float()
-        if kernels or tensor.dim() < 3:
-            return tensor
-        if name not in self._matrices:
-            dims = list(range(2, tensor.dim()))
-            self._matrices[name] = torch.linalg.vector_norm(tensor, self.order, dim=dims)
-        return self._matrices[name]
+        return tensor.square() if self.order == 2 else tensor.abs()

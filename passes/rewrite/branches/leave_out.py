@@ -20,7 +20,7 @@ from torchlathe.passes.rewrite.branches.liveness import Liveness
 from torchlathe.passes.rewrite.erasing.folding import fold_into_bias, folded_constants
 from torchlathe.passes.rewrite.erasing.freezing import frozen_axes, frozen_values
 from torchlathe.passes.rewrite.erasing.shrink import ZeroedSlices, shrink
-from torchlathe.passes.rewrite.erasing.units import unit_indices
+from torchlathe.passes.rewrite.erasing.units import indices_of
 
 __all__ = ["erase_branches", "zeroed_by"]
 
@@ -77,10 +77,11 @@ def zeroed_by(program: Program, branches: Iterable[Branch]) -> ZeroedSlices:
         for family in families:
             for part in family.zeroed:
                 term = axis_map.terms(nodes[part.name])[part.axis]
-                gone = unit_indices(term, family.atom.number) >= 0
+                every = torch.ones(family.extent, dtype=torch.bool)
+                gone = indices_of(term, family.atom.number, every)
                 axes = found.setdefault(part.name, {})
                 before = axes.get(part.axis, torch.zeros(0, dtype=torch.int64))
-                axes[part.axis] = torch.cat([before, gone.nonzero().flatten()]).unique()
+                axes[part.axis] = torch.cat([before, gone]).unique()
     return ZeroedSlices(found)
 
 

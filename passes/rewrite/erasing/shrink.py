@@ -13,7 +13,7 @@ from torchlathe.ir.axes import AxisMap, Resize, rule_of
 from torchlathe.passes.analysis.families import Family, ZeroInvariantGroups
 from torchlathe.passes.rewrite.erasing.folding import fold_into_bias, folded_constants
 from torchlathe.passes.rewrite.erasing.freezing import freeze, frozen_axes, frozen_values
-from torchlathe.passes.rewrite.erasing.units import unit_indices
+from torchlathe.passes.rewrite.erasing.units import indices_of
 
 __all__ = ["ZeroedSlices", "erase_units", "shrink"]
 
@@ -102,9 +102,9 @@ def shrink(resize: Resize, touched: set[fx.Node], frozen: Mapping[fx.Node, torch
     program, edit = resize.edit.program, resize.edit
     for name, node in program.tensor_nodes.items():
         masks = {
-            axis: stay.nonzero().flatten()
+            axis: stay
             for axis, term in enumerate(resize.axis_map.terms(node))
-            if node.users and (stay := resize.mask(term)) is not None
+            if node.users and (stay := resize.indices(term)) is not None
         }
         if masks:
             edit.keep(name, masks)
@@ -158,11 +158,10 @@ def _zeroed_slices(
     nodes = program.tensor_nodes
     found: dict[str, dict[int, torch.Tensor]] = {}
     for family in chosen:
-        mask = kept[family.atom.number]
+        erased = ~kept[family.atom.number]
         for part in family.zeroed:
             term = axis_map.terms(nodes[part.name])[part.axis]
-            owner = unit_indices(term, family.atom.number)
-            gone = (~mask[owner.clamp_min(0)] & (owner >= 0)).nonzero().flatten()
+            gone = indices_of(term, family.atom.number, erased)
             axes = found.setdefault(part.name, {})
             if part.axis in axes:
                 gone = torch.cat([axes[part.axis], gone]).unique()
