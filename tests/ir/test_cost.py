@@ -1,6 +1,5 @@
 """The cost model against torch's own FLOP counter, and its own rules where torch has none."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
