@@ -25,6 +25,11 @@ class Analysis(ABC, Generic[Result]):
 
     name: ClassVar[str]
 
+    @property
+    def kind(self) -> type[Analysis[Any]]:
+        """The class by which passes say that they preserve its result."""
+        return type(self)
+
     @abstractmethod
     def compute(self, program: Program) -> Result:
         """Compute the result without changing anything in ``program``."""

@@ -25,6 +25,7 @@ from torchlathe.passes.options import MismatchError, conform, did_you_mean, opti
 
 __all__ = [
     "AnalysisPass",
+    "DataAnalysis",
     "Diagnostic",
     "Exactness",
     "Fact",
@@ -141,6 +142,105 @@ class AnalysisPass(Pass, Analysis[R], Generic[R]):
 
 
 @dataclass(frozen=True)
+class DataAnalysis(AnalysisPass[R], Generic[R]):
+    """An analysis that looks at data: at the calibration batches, and at the loss on them.
+
+    It is asked for by ``ctx.analysis(...)``, or by `on` without a pass. The program keeps the
+    result for the calibration and loss that it was computed with, which are told apart as objects:
+    a list that is changed in place is taken for the same data.
+    """
+
+    @abstractmethod
+    def compute_with(self, program: Program, ctx: PassContext) -> R:
+        """Compute the result without changing anything in ``program``."""
+
+    def check(self, program: Program, ctx: PassContext) -> None:
+        """Refuse what is known to be impossible before any pass of a pipeline runs.
+
+        Raises:
+            Error: Of the kind that fits, for instance PreconditionError without a loss.
+        """
+
+    def compute(self, program: Program) -> R:
+        """Refuse: there is no data here.
+
+        Raises:
+            PreconditionError: Always.
+        """
+        raise PreconditionError(
+            f"{self.name} looks at data, and program.analysis() has none",
+            hint=f"ask ctx.analysis() in a pass, or {type(self).__name__}(...).on(program, "
+            "calibration=..., loss=...)",
+        )
+
+    def on(
+        self,
+        program: Program,
+        *,
+        calibration: Iterable[Any] | None = None,
+        loss: Callable[[Any, Any], torch.Tensor] | None = None,
+        seed: int = 0,
+        progress: Callable[[str], object] | None = None,
+    ) -> R:
+        """The result for a program and data; from the program's cache if it has it.
+
+        Args:
+            program: What to analyse.
+            calibration: Batches; an iterator is read into a list.
+            loss: ``(outputs, batch) -> scalar``.
+            seed: Of everything random.
+            progress: Called with a line of text about what is being done.
+
+        Raises:
+            Error: What `check` refuses.
+        """
+        if isinstance(calibration, Iterator):
+            calibration = list(calibration)
+        ctx = PassContext(program, self.spec(), calibration, loss, seed, progress)
+        self.check(program, ctx)
+        return ctx.analysis(self)
+
+
+@dataclass(frozen=True)
+class _OnData(Analysis[R], Generic[R]):
+    """The key under which a program keeps the result of an analysis of data."""
+
+    analysis: DataAnalysis[R]
+    data: _Data
+    ctx: PassContext = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.analysis.name
+
+    @property
+    def kind(self) -> type[Analysis[Any]]:
+        return type(self.analysis)
+
+    def compute(self, program: Program) -> R:
+        return self.analysis.compute_with(program, self.ctx)
+
+    def same(self, a: Any, b: Any) -> bool:
+        return self.analysis.same(a, b)
+
+
+class _Data:
+    """What an analysis looked at, told apart as objects; held, so that no other takes its place."""
+
+    def __init__(self, calibration: object, loss: object, seed: int) -> None:
+        self.calibration, self.loss, self.seed = calibration, loss, seed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Data) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[int, int, int]:
+        return id(self.calibration), id(self.loss), self.seed
+
+
+@dataclass(frozen=True)
 class RewritePass(Pass):
     """A pass that changes the program, and says beforehand how.
 
@@ -212,6 +312,9 @@ class PassContext:
     def analysis(self, wanted: Analysis[R] | type[Analysis[R]]) -> R:
         """An analysis' result for the program as it is now, from the cache where it is valid."""
         key = wanted() if isinstance(wanted, type) else wanted
+        if isinstance(key, DataAnalysis):
+            data = _Data(self.calibration, self.loss, self.seed)
+            key = _OnData(key, data, self)
         found = self.reused if key in self.program.cached_analyses() else self.computed
         if key.name not in (*self.reused, *self.computed):
             found.append(key.name)
@@ -308,6 +411,7 @@ class PassResult:
         reference: Gives ``(name, tensor) -> tensor`` for the tensors of the program *before* the
             pass, such that the changed program equals it; None if it equals it as it was.
         exactness: What holds for this run, where that is not what the class says.
+        details: Anything else for the report to show, by topic; of JSON types.
     """
 
     changed: bool
@@ -315,6 +419,7 @@ class PassResult:
     diagnostics: list[Diagnostic] = field(default_factory=list)
     reference: ReplaceTensor | None = None
     exactness: Exactness | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -339,6 +444,7 @@ class PassRecord:
             checks took; None if the outputs were not compared.
         peak_memory: Bytes by which the peak resident memory of the process rose during the pass;
             0 if it stayed below an earlier peak, None where the system does not tell.
+        details: What else the pass has for the report, by topic.
     """
 
     spec: str
@@ -358,6 +464,7 @@ class PassRecord:
     analyses: dict[str, list[str]] = field(default_factory=dict)
     verification: dict[str, Any] | None = None
     peak_memory: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes."""

@@ -31,6 +31,7 @@ from torchlathe.ir.cost import ProgramCost
 from torchlathe.ir.verifying import Level, cannot_run, check_equivalence, verify
 from torchlathe.passes.base import (
     AnalysisPass,
+    DataAnalysis,
     Exactness,
     Pass,
     PassContext,
@@ -163,6 +164,16 @@ def _instance(cls: type[Pass]) -> Pass:
     return cls()
 
 
+def _data_analyses(item: Pass) -> Iterator[DataAnalysis[Any]]:
+    """The pass itself, or what it requires, as far as that looks at data."""
+    if isinstance(item, DataAnalysis):
+        yield item
+    required: tuple[type[Analysis[Any]], ...] = getattr(item, "requires", ())
+    for cls in required:
+        if issubclass(cls, DataAnalysis):
+            yield cls()
+
+
 def _level(level: bool | str) -> Level:
     if isinstance(level, bool):
         return "fast" if level else "off"
@@ -209,6 +220,9 @@ class _Run:
             if isinstance(item, RewritePass):
                 self._new_context(item)
                 item.check(self.program, self.context)
+            for analysis in _data_analyses(item):
+                self._new_context(item)
+                analysis.check(self.program, self.context)
         verify(self.program, self.level)
 
     def _new_context(self, item: Pass) -> None:
@@ -268,6 +282,7 @@ class _Run:
             **_cost_fields("before", before, cost),
             **_cost_fields("after", program, program.cost()),
             statistics=dict(result.statistics),
+            details=dict(result.details),
             diagnostics=[asdict(told) for told in (*ctx.diagnostics, *result.diagnostics)],
             analyses={"computed": ctx.computed, "reused": ctx.reused, "dropped": dropped},
             verification=verification,
@@ -314,13 +329,13 @@ class _Run:
         fresh = program.cached_analyses()  # computed by the pass itself, after its edit
         preserves: frozenset[type] = getattr(item, "preserves", frozenset())
         old = {key: result for key, result in cached.items() if key not in fresh}
-        kept = {key: result for key, result in old.items() if type(key) in preserves}
+        kept = {key: result for key, result in old.items() if key.kind in preserves}
         if self.level == "full":
             for key, result in kept.items():
                 if not key.same(result, key.compute(program)):
                     raise VerifyError(
                         f"the pass declares that it preserves {key.name}, but it does not",
-                        hint=f"take {type(key).__name__} out of preserves",
+                        hint=f"take {key.kind.__name__} out of preserves",
                     )
         program.adopt_analyses(kept)
         return [key.name for key in old if key not in kept and key.name != "cost"]

@@ -21,7 +21,7 @@ from torchlathe.ir import ArtifactError, Error, InputError, Program, SpecError, 
 from torchlathe.tools.compat import define_torchvision_ops
 from torchlathe.tools.input_specs import parse_inputs
 
-__all__ = ["NamedModel", "load_model"]
+__all__ = ["NamedModel", "load_model", "load_object"]
 
 FORMS = """name a model as one of
     package.module:function or path/to/file.py:function, which returns a module, or
@@ -183,10 +183,7 @@ def _load_transformers(name: str) -> NamedModel:
 
 
 def _load_function(name: str) -> NamedModel:
-    place, _, attribute = name.rpartition(":")
-    target: Any = _import(place)
-    for part in attribute.split("."):
-        target = _attribute(target, part, name)
+    target = load_object(name)
     if isinstance(target, torch.nn.Module):
         return NamedModel(name, target)
     if not callable(target):
@@ -200,6 +197,24 @@ def _load_function(name: str) -> NamedModel:
             f"{name} failed: {type(error).__name__}: {error}", where=_last_frame(error)
         ) from error
     return _named(name, made)
+
+
+def load_object(name: str, forms: str = FORMS) -> Any:
+    """What ``package.module:name`` or ``path/to/file.py:name`` names.
+
+    Args:
+        name: The place, a colon and the name, which may have dots.
+        forms: What may be named, for the hint of an error.
+
+    Raises:
+        InputError: There is no such thing, or its module cannot be imported.
+        SpecError: Nothing is named after the colon.
+    """
+    place, _, attribute = name.rpartition(":")
+    target: Any = _import(place, forms)
+    for part in attribute.split("."):
+        target = _attribute(target, part, name, forms)
+    return target
 
 
 def _named(name: str, made: Any) -> NamedModel:
@@ -217,7 +232,7 @@ def _named(name: str, made: Any) -> NamedModel:
     return NamedModel(name, parts[0], args, kwargs)
 
 
-def _import(place: str) -> ModuleType:
+def _import(place: str, forms: str) -> ModuleType:
     """Import a dotted name, with the working folder on the path, or run a file."""
     define_torchvision_ops()  # what it imports may need them
     if place.endswith(".py"):
@@ -229,7 +244,7 @@ def _import(place: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or place
         if place == missing or place.startswith(missing + "."):
-            raise InputError(f"there is no module {missing}", hint=FORMS) from error
+            raise InputError(f"there is no module {missing}", hint=forms) from error
         raise _import_failed(place, error) from error
     except Exception as error:
         raise _import_failed(place, error) from error
@@ -262,9 +277,9 @@ def _import_failed(place: str, error: Exception) -> InputError:
     )
 
 
-def _attribute(owner: Any, part: str, name: str) -> Any:
+def _attribute(owner: Any, part: str, name: str, forms: str) -> Any:
     if not part:
-        raise SpecError(f"{name} names no function after the colon", hint=FORMS)
+        raise SpecError(f"{name} names no function after the colon", hint=forms)
     try:
         return getattr(owner, part)
     except AttributeError:

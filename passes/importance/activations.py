@@ -47,7 +47,7 @@ class _ActivationWeighted(Criterion):
         used = {r for parts in chosen.values() for part in parts for r in readers[part.name]}
         # One watch for all that read the same value in the same way.
         keys = {r: (r.operand, r.data_axes, r.groups, r.read) for r in used}
-        watches = {keys[r]: Watch(r.operand, r.data_rows, 0) for r in used}
+        watches = {keys[r]: Watch(r.operand, r.data_rows) for r in used}
         moments = collect_moments(scoring.program, scoring.ctx, watches.values())
         weighed: dict[str, torch.Tensor] = {}
         for name, found in readers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -16,7 +17,45 @@ __all__ = ["Fisher", "Taylor"]
 
 
 @dataclass(frozen=True)
-class Taylor(Criterion):
+class _GradientScored(Criterion):
+    """A mean over batches of what a unit's weights and their gradients give.
+
+    Attributes:
+        over: Which slices: those that write a unit, which an erase zeroes, or all.
+        per_sample: Take samples one by one.
+    """
+
+    comparable: ClassVar[bool] = True
+
+    over: Literal["all", "writers"] = "all"
+    per_sample: bool = False
+
+    @abstractmethod
+    def weigh(self, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """What each element gives, to be summed over a unit."""
+
+    def of_batch(self, sums: torch.Tensor) -> torch.Tensor:
+        """The score of units in one batch, from the sums over them."""
+        return sums
+
+    def scores(self, scoring: Scoring) -> Mapping[Family, torch.Tensor]:
+        """The mean over batches."""
+        parts = _parts(scoring, self.over)
+        total = {f: torch.zeros(f.extent, dtype=torch.float64) for f in scoring.chosen}
+        count = 0
+        names = {part.name for found in parts.values() for part in found}
+        stream = stream_gradients(scoring.program, scoring.ctx, names, per_sample=self.per_sample)
+        for gradients in stream:
+            count += 1
+            weighed = {n: self.weigh(scoring.tensor(n), g) for n, g in gradients.values.items()}
+            sums = _Sums(weighed)
+            for family, found in parts.items():
+                total[family] += self.of_batch(_per_unit(scoring, family, found, sums))
+        return {family: value / max(1, count) for family, value in total.items()}
+
+
+@dataclass(frozen=True)
+class Taylor(_GradientScored):
     """First-order change of the loss when a unit goes: ``|sum w g|`` over what it owns.
 
     The sum is signed within a batch and its magnitude is averaged over batches, since gradients
@@ -31,29 +70,18 @@ class Taylor(Criterion):
     """
 
     name: ClassVar[str] = "taylor"
-    comparable: ClassVar[bool] = True
 
-    over: Literal["all", "writers"] = "all"
-    per_sample: bool = False
+    def weigh(self, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """``w g``."""
+        return weight * gradient
 
-    def scores(self, scoring: Scoring) -> Mapping[Family, torch.Tensor]:
-        """``mean over batches of |sum w g|``."""
-        parts = _parts(scoring, self.over)
-        total = {f: torch.zeros(f.extent, dtype=torch.float64) for f in scoring.chosen}
-        count = 0
-        names = {part.name for found in parts.values() for part in found}
-        stream = stream_gradients(scoring.program, scoring.ctx, names, per_sample=self.per_sample)
-        for gradients in stream:
-            count += 1
-            products = {n: scoring.tensor(n) * g for n, g in gradients.values.items()}
-            sums = _Sums(products)
-            for family, found in parts.items():
-                total[family] += _per_unit(scoring, family, found, sums).abs()
-        return {family: value / max(1, count) for family, value in total.items()}
+    def of_batch(self, sums: torch.Tensor) -> torch.Tensor:
+        """``|sum w g|``."""
+        return sums.abs()
 
 
 @dataclass(frozen=True)
-class Fisher(Criterion):
+class Fisher(_GradientScored):
     """Second-order change of the loss when a unit goes, by the diagonal empirical Fisher.
 
     The Hessian is taken to be ``E[g^2]`` on its diagonal, with g the gradient of a *batch*: for
@@ -68,25 +96,10 @@ class Fisher(Criterion):
     """
 
     name: ClassVar[str] = "fisher"
-    comparable: ClassVar[bool] = True
 
-    over: Literal["all", "writers"] = "all"
-    per_sample: bool = False
-
-    def scores(self, scoring: Scoring) -> Mapping[Family, torch.Tensor]:
-        """``sum of w^2 E[g^2] / 2``."""
-        parts = _parts(scoring, self.over)
-        total = {f: torch.zeros(f.extent, dtype=torch.float64) for f in scoring.chosen}
-        count = 0
-        names = {part.name for found in parts.values() for part in found}
-        stream = stream_gradients(scoring.program, scoring.ctx, names, per_sample=self.per_sample)
-        for gradients in stream:
-            count += 1
-            products = {n: (scoring.tensor(n) * g).square() for n, g in gradients.values.items()}
-            sums = _Sums(products)
-            for family, found in parts.items():
-                total[family] += _per_unit(scoring, family, found, sums)
-        return {family: value / (2 * max(1, count)) for family, value in total.items()}
+    def weigh(self, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """``w^2 g^2 / 2``."""
+        return (weight * gradient).square() / 2
 
 
 def _parts(scoring: Scoring, over: str) -> dict[Family, list[ParameterSlice]]:

@@ -9,12 +9,23 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from torchlathe.ir import InputError, PreconditionError, Program
+from torchlathe.ir import InputError, Program
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.statistics.running import flat_batches, need_data
+from torchlathe.passes.statistics.losses import check_loss, loss_of
+from torchlathe.passes.statistics.running import (
+    flat_batches,
+    of_how_many,
+    usable,
+    without_inference,
+)
 
-__all__ = ["GradientMoments", "Gradients", "collect_gradients", "stream_gradients"]
+__all__ = [
+    "GradientMoments",
+    "Gradients",
+    "collect_gradients",
+    "stream_gradients",
+]
 
 
 @dataclass(frozen=True)
@@ -73,22 +84,14 @@ def stream_gradients(
     """
     wanted = set(program.parameters if names is None else names)
     wanted = {n for n in wanted if program.entries[n].tensor.is_floating_point()}
-    _check(program, ctx)
-    number = 0
-    for batch, flat in flat_batches(program, ctx):
-        for part, inputs in _samples(batch, flat) if per_sample else [(batch, flat)]:
-            number += 1
-            ctx.report(f"gradients: {'sample' if per_sample else 'batch'} {number}")
+    check_loss(program, ctx)
+    for number, (batch, flat) in enumerate(flat_batches(program, ctx), 1):
+        of_batch = f"gradients: batch {number}{of_how_many(ctx)}"
+        for sample, (part, inputs) in enumerate(
+            _samples(batch, flat) if per_sample else [(batch, flat)], 1
+        ):
+            ctx.report(f"{of_batch}, sample {sample}" if per_sample else of_batch)
             yield _gradients(program, ctx, part, inputs, wanted)
-
-
-def _check(program: Program, ctx: PassContext) -> None:
-    if ctx.loss is None:
-        if "loss" not in str(program.out_spec):
-            ctx.need("loss", "gradients are those of a loss, and the outputs hold none")
-        need_data(ctx, "the gradients are those of the model's own loss on them")
-    else:
-        ctx.need("calibration", "the loss is computed on batches")
 
 
 def _gradients(
@@ -98,40 +101,18 @@ def _gradients(
 
     def leaf(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in wanted:
-            return tensor.detach()
+            return usable(tensor)
         if name not in leaves:
-            detached = tensor.clone() if tensor.is_inference() else tensor.detach()
-            leaves[name] = detached.requires_grad_(True)
+            leaves[name] = usable(tensor).requires_grad_(True)
         return leaves[name]
 
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        batch, flat = without_inference(batch), without_inference(flat)
         outputs = program.unflatten_outputs(run_flat(program, flat, replace_tensor=leaf))
-        loss = _loss(ctx, outputs, batch)
+        loss = loss_of(ctx, outputs, batch)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     gradients = {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
     return Gradients(float(loss.detach()), gradients)
-
-
-def _loss(ctx: PassContext, outputs: Any, batch: Any) -> torch.Tensor:
-    if ctx.loss is not None:
-        loss: Any = ctx.loss(outputs, batch)
-    else:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        loss = getattr(outputs, "loss", None) if loss is None else loss
-        if loss is None:
-            raise PreconditionError(
-                "gradients need a loss, and the one in the model's outputs is empty",
-                hint="give loss=, or labels among the example inputs",
-            )
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise InputError(f"the loss must be one number, got {shape}", hint="take its mean or sum")
-    if not loss.requires_grad:
-        raise InputError(
-            "the loss does not depend on the parameters",
-            hint="compute it from the outputs that it is given, with gradients on",
-        )
-    return loss.reshape(())
 
 
 def _samples(batch: Any, flat: list[Any]) -> Iterator[tuple[Any, list[Any]]]:

@@ -27,7 +27,7 @@ from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.axes.rules.contraction import Contraction, Convolution
 from torchlathe.ir.provenance import info
 
-__all__ = ["Reader", "patches", "readers_of"]
+__all__ = ["Reader", "patches", "readers_of", "unfolds"]
 
 Axes = tuple[tuple[str, ...], ...]
 
@@ -101,6 +101,36 @@ class Reader:
         split, order, _ = self._split_weight(shape)
         back = [order.index(i) for i in range(len(order))]
         return matrix.reshape([split[i] for i in order]).permute(back).reshape(tuple(shape))
+
+    def layer_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as (groups, outs, features): what meets one row of features at a time.
+
+        Features are what is read; where `unfolds` says so, what is read x the kernel, as `patches`
+        has it. The kernel of another convolution stays with the outs.
+        """
+        matrix = self.weight_matrix(weight)
+        if not unfolds(self):
+            return matrix
+        groups, _, read = matrix.shape
+        split = matrix.reshape(groups, -1, self._kernel_size(weight.shape), read)
+        return split.transpose(2, 3).flatten(2)
+
+    def weight_from_layer(self, matrix: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The inverse of `layer_matrix`.
+
+        Args:
+            matrix: Shape (groups, outs, features).
+            shape: Of the weight.
+        """
+        if unfolds(self):
+            groups, outs, _ = matrix.shape
+            split = matrix.reshape(groups, outs, -1, self._kernel_size(shape))
+            matrix = split.transpose(2, 3).flatten(1, 2)
+        return self.weight_from(matrix, shape)
+
+    def _kernel_size(self, shape: Sequence[int]) -> int:
+        split, names = _split(shape, self.weight_axes, self.letters)
+        return _product(dict(zip(names, split, strict=True)), self.kernel)
 
     def _split_weight(self, shape: Sequence[int]) -> tuple[list[int], list[int], tuple[int, ...]]:
         split, names = _split(shape, self.weight_axes, self.letters)
@@ -207,6 +237,15 @@ def _reader(
     )
 
 
+def unfolds(reader: Reader) -> bool:
+    """Whether `patches` takes this: a convolution of one or two dimensions, not transposed."""
+    rule = rule_of(reader.node)
+    if not isinstance(rule, Convolution) or rule._transposed(reader.node):
+        return False
+    weight: Any = argument(reader.node, "weight")
+    return weight.meta["val"].dim() - 2 in (1, 2)
+
+
 def patches(reader: Reader, value: torch.Tensor) -> torch.Tensor | None:
     """What a one- or two-dimensional convolution multiplies its kernel by, at each position.
 
@@ -219,12 +258,11 @@ def patches(reader: Reader, value: torch.Tensor) -> torch.Tensor | None:
         other ops, and for convolutions that are transposed or of more dimensions.
     """
     node = reader.node
-    rule = rule_of(node)
-    weight: Any = argument(node, "weight")
-    if not isinstance(rule, Convolution) or rule._transposed(node):
+    if not unfolds(reader):
         return None
+    weight: Any = argument(node, "weight")
     kernel = [int(extent) for extent in weight.meta["val"].shape[2:]]
-    if len(kernel) not in (1, 2) or value.dim() != len(kernel) + 2:
+    if value.dim() != len(kernel) + 2:
         return None
     stride = _each(argument(node, "stride", 1), len(kernel))
     dilation = _each(argument(node, "dilation", 1), len(kernel))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from torchlathe.ir import InputError, PreconditionError, Program
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.base import Diagnostic, PassContext
+from torchlathe.passes.statistics.calibration import Calibration
 
-__all__ = ["device_of", "flat_batches", "need_data"]
+__all__ = [
+    "device_of",
+    "first_extent",
+    "flat_batches",
+    "need_data",
+    "of_how_many",
+    "usable",
+    "without_inference",
+]
 
 
 def device_of(program: Program) -> torch.device:
@@ -56,3 +66,26 @@ def flat_batches(program: Program, ctx: PassContext) -> Iterator[tuple[Any, list
         yield batch, moved
     if not count:
         raise InputError("the calibration data holds no batch", hint="give at least one")
+
+
+def first_extent(flat: Iterable[Any]) -> int:
+    """The number of samples in a batch: the first extent of its first tensor; 1 without one."""
+    return next((x.shape[0] for x in flat if isinstance(x, torch.Tensor) and x.dim()), 1)
+
+
+def without_inference(values: Any) -> Any:
+    """Tensors of inference mode in a batch are copied, for autograd cannot read them."""
+    return pytree.tree_map_only(
+        torch.Tensor, lambda x: usable(x) if x.is_inference() else x, values
+    )
+
+
+def usable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor for autograd to read: detached; a copy of one of inference mode."""
+    return (tensor.clone() if tensor.is_inference() else tensor).detach()
+
+
+def of_how_many(ctx: PassContext) -> str:
+    """The number of batches after that of one of them, where it is known."""
+    data = ctx.calibration.batches if isinstance(ctx.calibration, Calibration) else ctx.calibration
+    return f" of {len(data)}" if isinstance(data, Sized) else ""

@@ -428,7 +428,7 @@ def test_moments_against_hooks() -> None:
     hook.remove()
     data = torch.cat(rows)
     watches = [
-        Watch(reader.operand, reader.data_rows, 20, matrix=True),
+        Watch(reader.operand, reader.data_rows, matrix=True),
         Watch.axis(reader.operand, 1),
         Watch.axis(program.input_nodes[0], 1, matrix=True),
     ]

@@ -40,5 +40,16 @@ def test_a_terminal_is_told() -> None:
     assert "[b]net[/b]" in run(terminal=True)
 
 
+def test_counted_batches_have_a_bar() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Progress(console) as progress:
+        progress.say("statistics: batch 3 of 4 (5 MiB of matrices in files)")
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    assert "batch 3 of 4" in file.getvalue()
+    assert "━" in file.getvalue()
+    assert "━" not in run(terminal=True)
+
+
 def test_everyone_else_is_not() -> None:
     assert run(terminal=False) == ""

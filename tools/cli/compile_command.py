@@ -12,9 +12,13 @@ from torchlathe.tools.cli.parsing import Parser, UsageError
 if TYPE_CHECKING:
     from torchlathe.backends import CompiledModel
     from torchlathe.passes import Instrument, Pass
+    from torchlathe.passes.statistics import Calibration
+    from torchlathe.tools.calibration import Loss
+    from torchlathe.tools.models import NamedModel
     from torchlathe.tools.report import Report
 
 __all__ = [
+    "add_data_arguments",
     "add_meta_argument",
     "add_model_arguments",
     "add_parser",
@@ -40,6 +44,8 @@ examples:
   torchlathe compile my_package.nets:resnet --inputs "float32[batch=2,3,224,224]" \\
       --passes "structured-erase{{sparsity=0.3,round-to=8}}" --report small.html
   torchlathe compile path/to/bert --passes @pipeline.txt --backend inductor --json
+  torchlathe compile model.py:make --passes "structured-erase{{importance=taylor}}" \\
+      --calibration data.safetensors --loss cross-entropy
 """
 
 
@@ -53,6 +59,7 @@ def add_parser(commands: Any, common: Parser) -> None:
         epilog=_EPILOG,
     )
     add_model_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument(
         "-p",
         "--passes",
@@ -121,6 +128,45 @@ def add_model_arguments(parser: Parser) -> None:
     )
 
 
+def add_data_arguments(parser: Parser) -> None:
+    """What a command takes whose passes may need data."""
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="batches for passes that need data: a .safetensors or .npz file of tensors with a "
+        "row per sample, or a function in Python that returns batches (file.py:function)",
+    )
+    parser.add_argument(
+        "--calibration-batch",
+        type=int,
+        metavar="N",
+        help="rows of such a file in a batch; by default as many as the example inputs have",
+    )
+    parser.add_argument(
+        "--calibration-memory",
+        type=int,
+        metavar="MIB",
+        help="memory for the matrices that are collected from the data (default 2048); what does "
+        "not fit is in memory-mapped files",
+    )
+    parser.add_argument(
+        "--calibration-spill",
+        metavar="DIR",
+        help="folder for these files; by default the temporary one",
+    )
+    parser.add_argument(
+        "--calibration-resume",
+        metavar="DIR",
+        help="keep there what was collected so far, and go on from it after an interruption",
+    )
+    parser.add_argument(
+        "--loss",
+        metavar="LOSS",
+        help="for passes that need gradients: cross-entropy, mse, or a function in Python that "
+        "takes (outputs, batch); a model that returns its own loss needs none",
+    )
+
+
 def add_meta_argument(parser: Parser) -> None:
     """What a command takes that does not need the values of a model."""
     parser.add_argument(
@@ -146,7 +192,8 @@ def run(parsed: argparse.Namespace) -> int:
         load_plugin(plugin)
     passes = parse_pipeline(text)
     get_backend(parsed.backend)
-    compiled = _compile(parsed, passes)
+    loss = _checked_data(parsed)
+    compiled = _compile(parsed, passes, loss)
     report: Report = compiled.report
     if parsed.output:
         compiled.save(parsed.output)
@@ -181,7 +228,22 @@ def write_report(report: Report, path: Path) -> None:
         report.to_html(path)
 
 
-def _compile(parsed: argparse.Namespace, passes: list[Pass]) -> CompiledModel:
+def _checked_data(parsed: argparse.Namespace) -> Loss | None:
+    """The loss, after a look at what was said of the data."""
+    from torchlathe.tools.calibration import check_calibration, load_loss
+
+    for name, least in (("batch", 1), ("memory", 0), ("spill", None), ("resume", None)):
+        value = getattr(parsed, f"calibration_{name}")
+        if value is not None and parsed.calibration is None:
+            raise UsageError(f"--calibration-{name} needs --calibration")
+        if value is not None and least is not None and value < least:
+            raise UsageError(f"--calibration-{name} is {value}, but must be at least {least}")
+    if parsed.calibration is not None:
+        check_calibration(parsed.calibration)
+    return None if parsed.loss is None else load_loss(parsed.loss)
+
+
+def _compile(parsed: argparse.Namespace, passes: list[Pass], loss: Loss | None) -> CompiledModel:
     from torchlathe._compile import compile as compile_model
     from torchlathe.tools.cli.progress import Progress
     from torchlathe.tools.models import load_model
@@ -191,12 +253,15 @@ def _compile(parsed: argparse.Namespace, passes: list[Pass]) -> CompiledModel:
         named = load_model(
             parsed.model, inputs=parsed.inputs, dynamic=parsed.dynamic, seed=parsed.seed
         )
+        data = _data(parsed, named)
         compiled = compile_model(
             named.model,
             passes,
             named.args,
             example_kwargs=named.kwargs,
             dynamic_shapes=named.dynamic_shapes,
+            calibration=data,
+            loss=loss,
             backend=parsed.backend,
             verify=parsed.verify,
             instruments=_instruments(parsed, progress),
@@ -206,6 +271,21 @@ def _compile(parsed: argparse.Namespace, passes: list[Pass]) -> CompiledModel:
         )
     compiled.report = replace(compiled.report, notes=(*compiled.report.notes, *named.notes))
     return compiled
+
+
+def _data(parsed: argparse.Namespace, named: NamedModel) -> Calibration | None:
+    from torchlathe.passes.statistics import Calibration
+    from torchlathe.tools.calibration import load_calibration
+
+    if parsed.calibration is None:
+        return None
+    memory = parsed.calibration_memory
+    return Calibration(
+        load_calibration(parsed.calibration, named, parsed.calibration_batch),
+        limit_bytes=None if memory is None else memory * 2**20,
+        spill=parsed.calibration_spill,
+        resume=parsed.calibration_resume,
+    )
 
 
 def _instruments(parsed: argparse.Namespace, progress: Any) -> list[Instrument]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from torchlathe.ir import Program
 from torchlathe.passes import Instrument, Pass, PassRecord
 
 __all__ = ["Progress"]
+
+# What passes report while they go over data.
+_COUNTED = re.compile(r"\bbatch (\d+) of (\d+)\b")
 
 
 class Progress:
@@ -36,15 +40,28 @@ class Progress:
             self._status.stop()
 
     def say(self, text: Any) -> None:
-        """Show this as what is being done now."""
+        """Show this as what is being done now; a bar with it, if it counts batches."""
         if self._status is not None:
-            from rich.text import Text
-
-            self._status.update(Text(str(text)))
+            self._status.update(_shown(str(text)))
 
     def instrument(self) -> Instrument:
         """Says which pass is running."""
         return _PassProgress(self)
+
+
+def _shown(text: str) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    counted = _COUNTED.search(text)
+    if counted is None:
+        return Text(text)
+    from rich.progress_bar import ProgressBar
+
+    done, total = int(counted[1]) - 1, int(counted[2])
+    line = Table.grid(padding=(0, 1))
+    line.add_row(Text(text), ProgressBar(total, done, width=24))
+    return line
 
 
 class _PassProgress(Instrument):
