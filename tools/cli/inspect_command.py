@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from torchlathe.ir import Program
-    from torchlathe.passes import Explanation
+    from torchlathe.passes import Explanation, HessianSensitivity
+    from torchlathe.tools.cli.progress import Progress
     from torchlathe.tools.inspecting import Inspection
+    from torchlathe.tools.models import NamedModel
+    from torchlathe.tools.sensitivity_table import SensitivityRow
 
 __all__ = ["add_parser", "run"]
 
@@ -28,7 +32,8 @@ _PICTURES = (".svg", ".png", ".pdf", ".dot")
 
 _EPILOG = f"""\
 {MODELS}
-Without --families, --pins, --cost, --segments, --text or --why, the first three are shown.
+Without --families, --pins, --cost, --segments, --sensitivity, --text or --why, the first three are
+shown.
 
 --why takes the name of a parameter (encoder.0.weight), of an axis of it (encoder.0.weight:0), of an
 index (encoder.0.weight:0[17]), of a family, a module, a node of --text, or an op
@@ -42,6 +47,7 @@ examples:
   torchlathe inspect model.tl --text
   torchlathe inspect model.py:make --why "1.up.weight:0[17]"
   torchlathe inspect model.py:make --graph families.svg
+  torchlathe inspect model.py:make --sensitivity samples=64 --calibration data.npz --loss mse
 """
 
 
@@ -61,6 +67,20 @@ def add_parser(commands: Any, common: Parser) -> None:
     parser.add_argument("--cost", action="store_true", help="parameters, bytes and FLOPs")
     parser.add_argument(
         "--segments", action="store_true", help="branches that erase-operators can take out"
+    )
+    parser.add_argument(
+        "--sensitivity",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="what the curvature of the loss says of each layer; with options of the pass "
+        "hessian-sensitivity, as samples=64,eigenvalues=true",
+    )
+    parser.add_argument("--calibration", metavar="DATA", help="batches, as for compile")
+    parser.add_argument("--calibration-batch", type=int, metavar="N", help="rows in a batch")
+    parser.add_argument("--loss", metavar="LOSS", help="as for compile")
+    parser.add_argument(
+        "--sensitivity-picture", metavar="FILE", help="draw the sensitivity (.svg, .png, .pdf)"
     )
     parser.add_argument(
         "--why",
@@ -94,14 +114,20 @@ def run(parsed: argparse.Namespace) -> int:
         )
     if parsed.limit < 1:
         raise UsageError(f"--limit must be at least 1, got {parsed.limit}")
-    program, inspection = _inspect(parsed)
+    analysis = _checked_sensitivity(parsed)
+    program, inspection, rows = _inspect(parsed, analysis)
     why = _explanations(parsed, program)
     if parsed.graph:
         _draw(parsed, inspection, why)
     if parsed.json:
-        print(json.dumps(_as_dict(parsed, program, inspection, why), indent=2))
+        data = _as_dict(parsed, program, inspection, why)
+        if rows is not None:
+            data["sensitivity"] = [asdict(row) for row in rows]
+        print(json.dumps(data, indent=2))
         return 0
     _print(parsed, program, inspection, why)
+    if rows is not None:
+        _print_sensitivity(parsed, rows)
     return 0
 
 
@@ -123,7 +149,63 @@ def _draw(parsed: argparse.Namespace, inspection: Inspection, why: Sequence[Expl
     )
 
 
-def _inspect(parsed: argparse.Namespace) -> tuple[Program, Inspection]:
+def _checked_sensitivity(parsed: argparse.Namespace) -> HessianSensitivity | None:
+    """The analysis that was asked for, after a look at its options and at the data."""
+    if parsed.sensitivity is None:
+        for name in ("calibration", "calibration_batch", "loss", "sensitivity_picture"):
+            if getattr(parsed, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} needs --sensitivity")
+        return None
+    from torchlathe.passes import HessianSensitivity, parse_pipeline
+    from torchlathe.tools.calibration import check_calibration
+
+    if parsed.calibration is None:
+        raise UsageError("--sensitivity needs --calibration, the batches of the loss")
+    check_calibration(parsed.calibration)
+    (analysis,) = parse_pipeline(f"{HessianSensitivity.name}{{{parsed.sensitivity}}}")
+    assert isinstance(analysis, HessianSensitivity)
+    return analysis
+
+
+def _sensitivity_rows(
+    parsed: argparse.Namespace,
+    analysis: HessianSensitivity,
+    program: Program,
+    named: NamedModel,
+    progress: Progress,
+) -> tuple[SensitivityRow, ...]:
+    from torchlathe.tools.calibration import load_calibration, load_loss
+    from torchlathe.tools.sensitivity_table import save_sensitivity_picture, sensitivity_rows
+
+    found = analysis.on(
+        program,
+        calibration=load_calibration(parsed.calibration, named, parsed.calibration_batch),
+        loss=None if parsed.loss is None else load_loss(parsed.loss),
+        seed=parsed.seed,
+        progress=progress.say,
+    )
+    rows = sensitivity_rows(found)
+    if parsed.sensitivity_picture:
+        save_sensitivity_picture(rows, parsed.sensitivity_picture)
+    return rows
+
+
+def _print_sensitivity(parsed: argparse.Namespace, rows: Sequence[SensitivityRow]) -> None:
+    from rich.text import Text
+
+    from torchlathe.tools.cli.console import output
+    from torchlathe.tools.sensitivity_table import sensitivity_table
+
+    console = output()
+    console.print(sensitivity_table(rows, limit=None if parsed.all else parsed.limit))
+    if parsed.sensitivity_picture:
+        text = f"wrote the picture to {parsed.sensitivity_picture}"
+        console.print(Text(text), soft_wrap=True)
+
+
+def _inspect(
+    parsed: argparse.Namespace, analysis: HessianSensitivity | None
+) -> tuple[Program, Inspection, tuple[SensitivityRow, ...] | None]:
     from torchlathe.passes import load_plugin
     from torchlathe.tools.cli.progress import Progress
     from torchlathe.tools.inspecting import inspect_program
@@ -143,13 +225,17 @@ def _inspect(parsed: argparse.Namespace) -> tuple[Program, Inspection]:
         progress.say("capturing")
         program = named.capture()
         progress.say("analysing")
-        return program, inspect_program(program, notes=named.notes)
+        inspection = inspect_program(program, notes=named.notes)
+        if analysis is None:
+            return program, inspection, None
+        rows = _sensitivity_rows(parsed, analysis, program, named, progress)
+        return program, inspection, rows
 
 
 def _sections(parsed: argparse.Namespace) -> set[str]:
     sections = ("families", "pins", "cost", "segments", "text")
     wanted = {name for name in sections if getattr(parsed, name)}
-    if wanted or parsed.graph or parsed.why:
+    if wanted or parsed.graph or parsed.why or parsed.sensitivity is not None:
         return wanted
     return {"families", "pins", "cost"}
 
@@ -162,7 +248,7 @@ def _as_dict(
 ) -> dict[str, Any]:
     data = inspection.to_dict()
     wanted = _sections(parsed)
-    if not wanted and not why:
+    if not wanted and not why and parsed.sensitivity is None:
         wanted = {"families", "pins", "cost"}
     chosen = {key: value for key, value in data.items() if key not in {"families", "pins", "cost"}}
     chosen |= {key: data[key] for key in ("families", "pins", "cost") if key in wanted}
@@ -189,7 +275,7 @@ def _print(
 
     console = output()
     wanted = _sections(parsed)
-    if wanted - {"text"} or parsed.graph or why:
+    if wanted - {"text"} or parsed.graph or why or parsed.sensitivity is not None:
         for part in _summary(inspection):
             console.print(part)
     for part in _tables(wanted, inspection, None if parsed.all else parsed.limit):
