@@ -1,0 +1,1 @@
+"""Rewrites of mixture-of-experts layers: merging experts, leaving experts out."""

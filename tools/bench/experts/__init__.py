@@ -1,0 +1,1 @@
+"""Models and page of the benchmark of merged experts."""
