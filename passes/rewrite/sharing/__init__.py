@@ -1,0 +1,1 @@
+"""Rewrites that store parameters once for several layers."""

