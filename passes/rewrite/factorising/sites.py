@@ -1,0 +1,232 @@
+"""Where a program has matrices that may be split, and why others may not."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from torchlathe.ir import OptionError, Program, TensorKind, module_path
+from torchlathe.ir.axes.rule import argument
+from torchlathe.ir.provenance import info
+
+__all__ = ["Kind", "Site", "bias_of", "chosen_sites", "find_sites", "same_input"]
+
+Kind = Literal["linear", "embedding", "convolution"]
+
+aten = torch.ops.aten
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+)
+_TRANSPOSED = (aten.mm.default, aten.matmul.default, aten.addmm.default)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A parameter that is a matrix (one for each group), and all calls that read it.
+
+    Attributes:
+        weight: Name of the parameter.
+        kind: What reads it; ``"embedding"`` also where linear layers read the same parameter.
+        calls: The calls.
+        shape: Of the parameter.
+        groups: Of a convolution; else 1.
+        transposed: Whether the calls multiply with it from the right, (ins, outs).
+    """
+
+    weight: str
+    kind: Kind
+    calls: tuple[fx.Node, ...]
+    shape: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def outs(self) -> int:
+        """Rows of the matrix of one group."""
+        return self.shape[1] if self.transposed else self.shape[0] // self.groups
+
+    @property
+    def ins(self) -> int:
+        """Columns of the matrix of one group: channels times kernel for a convolution."""
+        return self.parameters // (self.outs * self.groups)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the parameter."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Extents of a convolution's kernel; empty for others."""
+        return self.shape[2:] if self.kind == "convolution" else ()
+
+    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        """The parameter as (groups, outs, ins)."""
+        if self.transposed:
+            return weight.T[None]
+        return weight.reshape(self.groups, self.outs, self.ins)
+
+    @property
+    def biased(self) -> bool:
+        """Whether every call adds a bias that is a tensor of the model."""
+        found = [bias_of(call) for call in self.calls]
+        return all(bias is not None and info(bias).tensor is not None for bias in found)
+
+    def data(self, call: fx.Node) -> fx.Node:
+        """What a call multiplies the parameter with (or looks up)."""
+        place = 1 if call.target in (aten.addmm.default, aten.embedding.default) else 0
+        node: Any = call.args[place]
+        assert isinstance(node, fx.Node)
+        return node
+
+
+def bias_of(call: fx.Node) -> fx.Node | None:
+    """What a call of a site adds to each row."""
+    place = call.target is aten.addmm.default
+    bias: Any = call.args[0] if place else argument(call, "bias")
+    return bias if isinstance(bias, fx.Node) else None
+
+
+def find_sites(program: Program) -> tuple[list[Site], dict[str, str]]:
+    """Every parameter that may be split, in order of execution, and why the others may not.
+
+    Returns:
+        The sites, and a reason for each parameter of two or more axes that is none.
+    """
+    found: list[Site] = []
+    reasons: dict[str, str] = {}
+    order = {node: i for i, node in enumerate(program.nodes)}
+    for name, node in program.tensor_nodes.items():
+        entry = program.entries[name]
+        if entry.kind is not TensorKind.PARAMETER or entry.tensor.dim() < 2:
+            continue
+        site = _site(program, name, sorted(node.users, key=order.__getitem__), node)
+        if isinstance(site, str):
+            reasons[name] = site
+        else:
+            found.append(site)
+    return sorted(found, key=lambda site: order[site.calls[0]]), reasons
+
+
+def _site(program: Program, name: str, users: Sequence[fx.Node], node: fx.Node) -> Site | str:
+    tensor = program.entries[name].tensor
+    if not tensor.is_floating_point():
+        return f"it is {str(tensor.dtype).removeprefix('torch.')}"
+    if name in program.frozen:
+        return "a constant was computed from it before"
+    calls = tuple(users)
+    kinds = {_kind(call, node) for call in calls}
+    if not kinds <= {"linear", "transposed", "embedding", "convolution"}:
+        other = next(call for call in calls if _kind(call, node) not in ("linear", "embedding"))
+        return f"%{other.name} ({other.target}) reads it in another way than as a matrix"
+    if len(kinds) > 1 and kinds != {"linear", "embedding"}:
+        return f"it is read in different ways: {', '.join(sorted(kinds))}"
+    shape = tuple(int(extent) for extent in tensor.shape)
+    if kinds == {"convolution"}:
+        groups = {int(argument(call, "groups", 1)) for call in calls}
+        if len(groups) > 1:
+            return "convolutions with different groups share it"
+        return Site(name, "convolution", calls, shape, groups.pop())
+    if len(shape) != 2:
+        return f"it has {len(shape)} axes"
+    if "embedding" in kinds:
+        return Site(name, "embedding", calls, shape)
+    return Site(name, "linear", calls, shape, transposed="transposed" in kinds)
+
+
+def _kind(call: fx.Node, weight: fx.Node) -> str:
+    """How a call reads a parameter; empty if not as a matrix."""
+    places = [i for i, used in enumerate(call.args) if used is weight]
+    if list(call.all_input_nodes).count(weight) != 1 or len(places) != 1:
+        return ""
+    if call.target is aten.linear.default and places == [1]:
+        return "linear"
+    if call.target is aten.embedding.default and places == [0]:
+        return "embedding"
+    if call.target in CONVOLUTIONS and places == [1]:
+        return "convolution"
+    if call.target in _TRANSPOSED and places == [len(call.args) - 1]:
+        plain = not any(factor != 1 for factor in call.kwargs.values())
+        if call.target is aten.addmm.default:
+            bias = bias_of(call)
+            plain = plain and bias is not None and bias.meta["val"].dim() == 1
+        data: Any = call.args[places[0] - 1]
+        if plain and isinstance(data, fx.Node) and data.meta["val"].dim() >= 2:
+            return "transposed"
+    return ""
+
+
+def chosen_sites(
+    sites: Sequence[Site],
+    reasons: Mapping[str, str],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    embeddings: bool,
+    where: str,
+) -> tuple[list[Site], dict[str, str]]:
+    """Those that the patterns name, and reasons for the others that they name.
+
+    Raises:
+        OptionError: A pattern matches nothing.
+    """
+    names = {site: set(_names(site)) for site in sites}
+    plain = {name: {name} for name in reasons}
+    for pattern in (*include, *exclude):
+        every: Iterable[set[str]] = (*names.values(), *plain.values())
+        if not any(fnmatch.filter(found, pattern) for found in every):
+            known = ", ".join(site.weight for site in sites[:4])
+            raise OptionError(
+                f"the pattern {pattern!r} matches no layer that has a matrix",
+                where=where,
+                hint=f"parameters are {known}, ..." if known else "there is none",
+            )
+
+    def wanted(found: set[str]) -> bool:
+        named = not include or any(fnmatch.filter(found, p) for p in include)
+        return named and not any(fnmatch.filter(found, p) for p in exclude)
+
+    left = {name: reason for name, reason in reasons.items() if wanted(plain[name])}
+    chosen = []
+    for site in sites:
+        if not wanted(names[site]):
+            continue
+        if site.kind == "embedding" and not embeddings and not include:
+            left[site.weight] = "it is an embedding; embeddings=true splits these too"
+        else:
+            chosen.append(site)
+    return chosen, left
+
+
+def _names(site: Site) -> Iterator[str]:
+    """What a pattern may match: the parameter, and the modules that its calls are in."""
+    yield site.weight
+    for path in {module_path(call) for call in site.calls}:
+        parts = path.split(".")
+        yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def same_input(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """Groups of two or more linear layers that read the very same value, each once."""
+    by_input: dict[fx.Node, list[Site]] = {}
+    for site in sites:
+        if site.kind == "linear" and len(site.calls) == 1:
+            by_input.setdefault(site.data(site.calls[0]), []).append(site)
+    return [
+        tuple(group)
+        for data, group in by_input.items()
+        if len(group) > 1 and info(data).tensor is None
+    ]

@@ -1,0 +1,1 @@
+"""Chains of linear maps, associated as is cheapest."""
