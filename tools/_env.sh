@@ -96,3 +96,17 @@ sys.exit(importlib.util.find_spec('$module') is None)"; then
     done
     printf '%s\n' "$stamp" >"$stamp_file"
 }
+
+# Sets TRITON_DIR: a folder with the Triton that the kernels are checked with, which needs no GPU.
+# It is filled by pip when it is missing. Returns 1 where that fails.
+# TORCHLATHE_TRITON: use this folder.
+prepare_triton() {
+    local version
+    version="$("$PY" -c 'from torchlathe.kernels.aot.finding import PINNED; print(PINNED)')"
+    TRITON_DIR="${TORCHLATHE_TRITON:-$ROOT/.triton-$version}"
+    [ ! -d "$TRITON_DIR/triton" ] || return 0
+    say "installing triton==$version beside the environment"
+    rm -rf "$TRITON_DIR.part"
+    "$PY" -m pip install --disable-pip-version-check --quiet --no-deps \
+        --target "$TRITON_DIR.part" "triton==$version" && mv "$TRITON_DIR.part" "$TRITON_DIR"
+}

@@ -8,7 +8,13 @@ import traceback
 from collections.abc import Sequence
 
 from torchlathe._version import __version__
-from torchlathe.tools.cli import compile_command, inspect_command, passes_command, plan_command
+from torchlathe.tools.cli import (
+    compile_command,
+    inspect_command,
+    kernels_command,
+    passes_command,
+    plan_command,
+)
 from torchlathe.tools.cli.parsing import Parser, UsageError
 
 __all__ = ["build_parser", "main"]
@@ -22,6 +28,7 @@ examples:
       --passes "structured-erase{sparsity=0.5}" -o small.tl --report small.html
   torchlathe plan config.json --meta \\
       --passes "structured-erase{importance=random,scope=local}"
+  torchlathe kernels check                   compile the kernels with no GPU
 
 exit codes: 0 done, 1 a defect of torchlathe, 2 wrong usage or a model that cannot be compiled,
 130 interrupted.
@@ -43,7 +50,13 @@ def build_parser() -> Parser:
     # Here for the help, and to be allowed before the command: `main` looks for the word itself.
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command in (compile_command, plan_command, inspect_command, passes_command):
+    for command in (
+        compile_command,
+        plan_command,
+        inspect_command,
+        passes_command,
+        kernels_command,
+    ):
         command.add_parser(commands, common)
     return parser
 

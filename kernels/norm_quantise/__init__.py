@@ -1,0 +1,1 @@
+"""Norms whose result is quantised at once, token by token."""

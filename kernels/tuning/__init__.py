@@ -1,0 +1,1 @@
+"""Which tile a kernel runs with: measured tables, shipped tables, and a rule without any."""

@@ -1,0 +1,155 @@
+"""The W8A16 kernel: 8-bit weights become fp16 or bf16 in registers, exactly."""
+
+# mypy: ignore-errors
+# pyright: basic
+# ruff: noqa: SIM300
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from torchlathe.kernels.blocks.triton import finish
+
+__all__ = ["w8a16"]
+
+
+@triton.jit
+def bytes_of(words, HIGH: tl.constexpr, LIKE: tl.constexpr, FAST: tl.constexpr):
+    """The low or high byte of each word minus 128, in the type LIKE.
+
+    fp16 holds 1024 + u for a byte u exactly, in the byte's own bits. bf16 holds 128 + v for seven
+    bits v, and of that 128, or 256 where the eighth bit is unset, is taken away. Source: own; the
+    first is FasterTransformer's.
+    """
+    if FAST and LIKE == tl.float16:
+        if HIGH:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t, k; mov.b32 k, 0x64646464; prmt.b32 t, $1, k, 0x4341;"
+                "mov.b32 k, 0x64806480; sub.f16x2 $0, t, k;}",
+                "=r,r",
+                [words],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t, k; mov.b32 k, 0x64646464; prmt.b32 t, $1, k, 0x4240;"
+                "mov.b32 k, 0x64806480; sub.f16x2 $0, t, k;}",
+                "=r,r",
+                [words],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        value = bits.to(tl.float16, bitcast=True)
+    elif FAST and LIKE == tl.bfloat16:
+        if HIGH:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t, a, b, n; mov.b32 n, 0xbf80bf80; shr.u32 t, $1, 8;"
+                "lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea;"
+                "lop3.b32 b, t, 0x00800080, 0x43004300, 0xae; fma.rn.bf16x2 $0, b, n, a;}",
+                "=r,r",
+                [words],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 a, b, n; mov.b32 n, 0xbf80bf80;"
+                "lop3.b32 a, $1, 0x007f007f, 0x43004300, 0xea;"
+                "lop3.b32 b, $1, 0x00800080, 0x43004300, 0xae; fma.rn.bf16x2 $0, b, n, a;}",
+                "=r,r",
+                [words],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        value = bits.to(tl.bfloat16, bitcast=True)
+    elif HIGH:
+        value = (((words >> 8) & 255) - 128).to(LIKE)
+    else:
+        value = ((words & 255) - 128).to(LIKE)
+    return value
+
+
+@triton.jit
+def w8a16(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    steps,
+    stride_x,
+    stride_words,
+    stride_scales,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Give act(x @ dequantised.T + bias) + residual, or fp32 parts of it.
+
+    Shapes: x (M, K) fp16 or bf16, words (rows, K/2) int16 in spans of 128, scales (groups, rows);
+    out (M, N), or (SPLIT_K, M, N) fp32. GROUP is 0 or 128. Grid: (rows/BN, M/BM up, SPLIT_K).
+    WIDE multiplies in fp32 (the interpreter has no bf16 arithmetic).
+    """
+    HALF: tl.constexpr = 64
+    LIKE: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
+    UNPACKED: tl.constexpr = x_ptr.dtype.element_ty if FAST else LIKE
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    part = tl.program_id(2)
+    lanes = tl.arange(0, HALF)
+    each = tl.cdiv(steps, SPLIT_K)
+    first = part * each
+    last = tl.minimum(first + each, steps)
+    words_at = words_ptr + rows[:, None].to(tl.int64) * stride_words + lanes[None, :]
+    words_at += first * HALF
+    x_at = x_ptr + tokens[None, :].to(tl.int64) * stride_x + lanes[:, None]
+    x_at += first * 2 * HALF
+    known = (tokens < M)[None, :]
+    total = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(first, last):
+        words = tl.load(words_at)
+        low = tl.load(x_at, mask=known, other=0.0)
+        high = tl.load(x_at + HALF, mask=known, other=0.0)
+        if GROUP != 0:
+            total = tl.zeros((BN, BM), tl.float32)
+        w = bytes_of(words, False, UNPACKED, FAST).to(LIKE)
+        total = tl.dot(w, low.to(LIKE), total, input_precision="ieee")
+        w = bytes_of(words, True, UNPACKED, FAST).to(LIKE)
+        total = tl.dot(w, high.to(LIKE), total, input_precision="ieee")
+        if GROUP != 0:
+            scale = tl.load(scales_ptr + step * stride_scales + rows).to(tl.float32)
+            acc += total * scale[:, None]
+        words_at += HALF
+        x_at += 2 * HALF
+    if GROUP == 0:
+        acc = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
+    finish(
+        acc,
+        rows,
+        tokens,
+        part,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        M,
+        N,
+        SPLIT_K,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        ACTIVATION,
+    )

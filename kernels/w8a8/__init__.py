@@ -1,0 +1,1 @@
+"""Linear layers with 8-bit weights and activations, integers or floats."""

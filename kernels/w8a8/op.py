@@ -1,0 +1,216 @@
+"""``torchlathe::w8a8_linear``: a linear layer with 8-bit weights and activations.
+
+Both are int8, or both fp8 (e4m3); activations have a scale for each token, weights one for each
+output feature. Source: the arithmetic is that of `torch._scaled_mm` by rows; the kernel is own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchlathe.ir.errors import OptionError
+from torchlathe.kernels.epilogue import activation_code, add_parts, finished, room_for
+from torchlathe.kernels.packing import ROWS, SPAN, padded, widened
+from torchlathe.kernels.registering import register
+from torchlathe.kernels.tuning.table import tile_for
+from torchlathe.kernels.tuning.tiles import Problem, Tile
+
+__all__ = [
+    "W8Rows",
+    "integer_product",
+    "launch",
+    "library_product",
+    "pack",
+    "reference",
+    "w8a8_linear",
+]
+
+_TYPES = (torch.int8, torch.float8_e4m3fn)
+
+
+class W8Rows(NamedTuple):
+    """Padded 8-bit weights with a scale for each row.
+
+    Attributes:
+        weight: (rows, columns) int8 or float8_e4m3fn.
+        scales: (rows,) fp32.
+    """
+
+    weight: Tensor
+    scales: Tensor
+
+
+def pack(values: Tensor, scales: Tensor) -> W8Rows:
+    """Pad a quantised weight: ``w[n, k] = values[n, k] * scales[n]``.
+
+    Args:
+        values: (out, in) int8 or float8_e4m3fn.
+        scales: (out,).
+
+    Raises:
+        OptionError: A shape or type does not fit.
+    """
+    if values.dtype not in _TYPES or values.dim() != 2:
+        kind = str(values.dtype).removeprefix("torch.")
+        raise OptionError(f"weights must be int8 or float8_e4m3fn of two axes, not {kind}")
+    if scales.shape != values.shape[:1]:
+        raise OptionError(f"{values.shape[0]} rows need as many scales, not {tuple(scales.shape)}")
+    rows, columns = values.shape
+    more = (0, padded(columns, SPAN) - columns, 0, padded(rows, ROWS) - rows)
+    # Zero has the same bits in both types, and not every type can be padded.
+    weight = F.pad(values.view(torch.int8), more).view(values.dtype)
+    return W8Rows(weight, F.pad(scales.to(torch.float32), (0, more[3])))
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of int8 operands, exact in int32, then as fp32: the fastest on a CPU."""
+    if x.device.type != "cpu" and (x.shape[0] <= 16 or weight.shape[0] % 8 or x.shape[1] % 8):
+        # What cuBLASLt does not take is small.
+        return F.linear(x.to(torch.float32), weight.to(torch.float32))
+    return torch._int_mm(x.contiguous(), weight.t()).to(torch.float32)
+
+
+def reference(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The meaning of the op: everything in float64."""
+    wide = weight[:out_features, : x.shape[-1]].to(torch.float64)
+    product = F.linear(x.to(torch.float64), wide) * scales[:out_features].to(torch.float64)
+    product = product * x_scales.to(torch.float64)[..., None]
+    return finished(product, bias, residual, activation).to(dtype)
+
+
+@register("w8a8_linear")
+def w8a8_linear(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    """``activation(x * x_scales @ (w * scales).T + bias) + residual`` for weights `W8Rows`.
+
+    Shapes: x (..., in) in the type of the weights; x_scales (...,) fp32; bias (out,); residual and
+    the result (..., out).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    tile = None
+    if x.device.type != "cpu":
+        op = "w8a8" if x.dtype == torch.int8 else "fp8"
+        kind = str(x.dtype).removeprefix("torch.")
+        problem = Problem(op, kind, rows.shape[0], out_features, x.shape[-1])
+        tile = tile_for(problem, x.device)
+    if tile is None:
+        product = library_product(rows, x_scales.reshape(-1, 1), weight, scales, out_features)
+        product = product.view(*x.shape[:-1], out_features)
+        return finished(product, bias, residual, activation).to(dtype)
+    out = launch(
+        rows,
+        x_scales.reshape(-1),
+        W8Rows(weight, scales),
+        tile,
+        out_features=out_features,
+        dtype=dtype,
+        bias=bias,
+        residual=None if residual is None else residual.reshape(-1, out_features),
+        activation=activation,
+        wrap=torch.library.wrap_triton,
+    )
+    return out.view(*x.shape[:-1], out_features)
+
+
+def library_product(
+    x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, out_features: int
+) -> Tensor:
+    """The library's product with both scales, fp32: what more tokens than a tile's go through.
+
+    Shapes: x (tokens, in), x_scales (tokens, 1), weight (rows, columns), scales (rows,).
+    """
+    if x.dtype == torch.int8:
+        product = integer_product(x, weight[:out_features, : x.shape[1]])
+        return product * scales[:out_features] * x_scales
+    if x.device.type == "cpu":
+        # The library's fp8 product is slower than this on every CPU that was measured.
+        wide = weight[:out_features, : x.shape[1]].to(torch.float32)
+        return F.linear(x.to(torch.float32), wide) * scales[:out_features] * x_scales
+    product = torch._scaled_mm(
+        widened(x, weight.shape[1]),
+        weight.t(),
+        scale_a=x_scales,
+        scale_b=scales[None, :],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return product[:, :out_features].to(torch.float32)
+
+
+def launch(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: W8Rows,
+    tile: Tile,
+    *,
+    out_features: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+) -> Tensor:
+    """Run the kernel; the arguments are those of `torchlathe.kernels.w4a16.op.launch`.
+
+    Returns:
+        (tokens, out).
+    """
+    from torchlathe.kernels.w8a8.triton import w8a8
+
+    rows, columns = weight.weight.shape
+    x = widened(x, columns)
+    tokens = x.shape[0]
+    out, parts = room_for(tokens, out_features, tile.split, dtype, x.device)
+    single = tile.split == 1
+    wrap(w8a8)[(rows // tile.BN, -(-tokens // tile.BM), tile.split)](
+        x,
+        x_scales,
+        weight.weight,
+        weight.scales,
+        x_scales if bias is None else bias,
+        x_scales if residual is None else residual,
+        parts,
+        tokens,
+        out_features,
+        columns // SPAN,
+        x.stride(0),
+        weight.weight.stride(0),
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=SPAN,
+        SPLIT_K=tile.split,
+        HAS_BIAS=bias is not None and single,
+        HAS_RESIDUAL=residual is not None and single,
+        ACTIVATION=activation_code(activation) if single else 0,
+        INTEGER=x.dtype == torch.int8,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if not single:
+        add_parts(parts, out, bias, residual, activation, wrap)
+    return out

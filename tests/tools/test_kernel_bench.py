@@ -1,0 +1,221 @@
+"""The parts of tuning and timing that need no GPU, and the whole on a CPU with a false clock."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torchlathe.ir import UnsupportedError
+from torchlathe.kernels.aot.finding import PINNED
+from torchlathe.kernels.aot.matrix import all_cases
+from torchlathe.kernels.tuning.table import TileTable
+from torchlathe.kernels.tuning.tiles import BUCKETS
+from torchlathe.tools.cli import main
+from torchlathe.tools.kernels import gpu_check, page, tuning
+from torchlathe.tools.kernels.benching import Ceilings, Measurement, bench
+from torchlathe.tools.kernels.layers import LAYERS, copies_for, make_layer
+from torchlathe.tools.kernels.timing import Samples, require_gpu, time_in_turn
+from torchlathe.tools.kernels.verdict import bars_for, findings
+
+CPU = torch.device("cpu")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+class FalseClock:
+    """Counts a microsecond for each call, after running the first one."""
+
+    def prepare(self, calls):
+        calls[0]()
+        return calls
+
+    def seconds(self, prepared) -> float:
+        return 1e-6 * len(prepared)
+
+
+def measurement(op="w4a16", m=1, n=8192, k=8192, ours=1.0, fp16=3.0, library=2.0, correct=True):
+    seconds = {"ours": ours, "fp16": fp16, "library": library, "bf16": fp16}
+    samples = {name: Samples(value, value, value) for name, value in seconds.items()}
+    return Measurement(op, m, n, k, 128, 1e-4, correct, samples, 0.5, None)
+
+
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch) -> None:
+    monkeypatch.setattr("torchlathe.tools.kernels.layers._MOST", 2)
+
+
+def test_copies_are_past_the_cache(monkeypatch) -> None:
+    monkeypatch.setattr("torchlathe.tools.kernels.layers._MOST", 64)
+    assert copies_for(4096 * 4096 // 2) == 23
+    assert copies_for(14336 * 4096 * 2) == 2
+    assert copies_for(1) == 64
+
+
+def test_quantiles() -> None:
+    assert Samples.of([5, 1, 4, 2, 3]) == Samples(3, 2, 4)
+    assert Samples.of([7]) == Samples(7, 7, 7)
+
+
+def test_contestants_take_turns() -> None:
+    order = []
+
+    class Noting(FalseClock):
+        def seconds(self, prepared) -> float:
+            order.append(len(prepared))
+            return super().seconds(prepared)
+
+    calls = {"a": [lambda: torch.zeros(())], "b": [lambda: torch.zeros(())] * 2}
+    found = time_in_turn(calls, Noting(), 3)
+    assert order == [1, 2, 1, 2, 1, 2]
+    assert found["a"].median == found["b"].median == pytest.approx(1e-6)
+
+
+def test_floor() -> None:
+    ceilings = Ceilings(4e12, 8e14)
+    assert ceilings.floor(4e6, 0, False) == pytest.approx(1e-6)
+    assert ceilings.floor(0, 8e9, False) == pytest.approx(1e-5)
+    assert ceilings.floor(0, 8e9, True) == pytest.approx(5e-6)
+
+
+@pytest.mark.parametrize("op", LAYERS)
+def test_layers_are_right(op: str) -> None:
+    layer = make_layer(op, 3, 100, 200, CPU)
+    assert len(layer.ours.calls) == len(layer.library.calls) == 2
+    ours, library = layer.ours.calls[0](), layer.library.calls[0]()
+    wanted = layer.wanted()
+    # Both are rounded to the type of the result.
+    for found in (ours, library):
+        error = (found.double() - wanted).norm() / wanted.norm()
+        assert error < 4e-3
+
+
+def test_bench() -> None:
+    rows = list(bench(CPU, FalseClock(), shapes=[(64, 128)], tokens=[1, 3], rounds=2))
+    assert [(row.op, row.m) for row in rows] == [(op, m) for m in (1, 3) for op in LAYERS]
+    assert all(row.correct for row in rows)
+    data = json.loads(json.dumps(rows[0].as_dict()))
+    assert data["ratios"] == {"fp16": 1.0, "bf16": 1.0, "library": 1.0}
+    assert set(data["seconds"]) == {"ours", "library", "fp16", "bf16"}
+
+
+def test_a_deadline_ends_it() -> None:
+    assert list(bench(CPU, FalseClock(), shapes=[(64, 128)], tokens=[1], deadline=0.0)) == []
+
+
+def test_bars() -> None:
+    assert [bar.least for bar in bars_for(measurement())] == [2.4, 0.95]
+    assert [bar.least for bar in bars_for(measurement(n=4096, k=4096))] == [1.7, 0.95]
+    assert [bar.other for bar in bars_for(measurement(m=256))] == ["library"]
+    found = findings([measurement(), measurement(ours=2.0), measurement(correct=False)])
+    assert [finding.holds for finding in found] == [True, True, False, True, False, False]
+    assert str(found[2]) == "w4a16 8192x8192 M=1: 1.50x fp16, the bar is 2.4x: MISSED"
+    assert "WRONG RESULT" in str(found[4])
+
+
+def test_tuning_keeps_the_fastest_and_drops_what_fails(tmp_path, monkeypatch, caplog) -> None:
+    table = TileTable("false", "3.6.0", tmp_path)
+    tried = []
+
+    def error_of(layer) -> float:
+        tile = table.entries[layer.problem.key]
+        assert tile is not None
+        tried.append(tile)
+        if tile.stages == 3:
+            raise RuntimeError("out of resources")
+        return 1.0 if tile.BN == 128 and layer.problem.bucket == 2 else 0.0
+
+    class Preferring(FalseClock):
+        def seconds(self, prepared) -> float:
+            tile = tried[-1] if tried else None
+            return 1.0 if tile is None else 0.1 * (1 if tile.BM == 16 else tile.BM)
+
+    monkeypatch.setattr(tuning, "error_of", error_of)
+    done = tuning.tune(CPU, Preferring(), table, processors=132, ops=["w4a16"], shapes=[(64, 128)])
+    assert done == len(BUCKETS)
+    assert all(tile.stages == 4 for tile in table.entries.values() if tile is not None)
+    assert "out of resources" in caplog.text
+    assert "has an error of 1" in caplog.text
+    assert TileTable("false", "3.6.0", tmp_path).entries == table.entries
+
+
+def test_the_whole_check_on_a_cpu(tmp_path, capsys) -> None:
+    table = TileTable("false", "3.6.0", tmp_path)
+    options = {"shapes": [(64, 128)], "tokens": [1]}
+    result = gpu_check.check(CPU, FalseClock(), table, 132, seconds=120.0, **options)
+    assert all(row["correct"] for row in result["correctness"])
+    assert result["tuned"] == len(BUCKETS) * len(LAYERS)
+    assert len(result["measurements"]) == len(LAYERS)
+    assert not result["good"]  # nothing is faster than anything by this clock
+    assert any("MISSED" in line for line in result["missed"])
+    json.dumps(result)
+
+
+@NO_GPU
+def test_without_a_gpu_it_is_refused(capsys) -> None:
+    with pytest.raises(UnsupportedError, match="need a CUDA device"):
+        require_gpu()
+    for command in ("tune", "bench"):
+        assert main(["kernels", command]) == 2
+        assert "`torchlathe kernels check` needs no GPU" in capsys.readouterr().err
+    assert gpu_check.main([]) == 2
+    assert "need a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("kernels", "a subcommand is missing"),
+        ("kernels chekc", "unknown command 'chekc'"),
+        ("kernels check --arch sm_91", "unknown value 'sm_91' for --arch"),
+        ("kernels check --op w4a61", "unknown op 'w4a61'"),
+        ("kernels bench --op w4", "unknown op 'w4'"),
+        ("kernels bench --shape 4096", "--shape takes positive integers, not ''"),
+        ("kernels bench --tokens 1,x", "--tokens takes positive integers, not 'x'"),
+        ("kernels bench --rounds 0", "--rounds must be at least 1"),
+        ("kernels check --triton /nowhere-at-all --op norm_quantise", "no Triton"),
+    ],
+)
+def test_wrong_usage(line: str, message: str, capsys, monkeypatch) -> None:
+    if "--triton" in line:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    assert main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["kernels"], *(["kernels", a] for a in ("check", "tune", "bench"))]
+)
+def test_help_has_examples(words, capsys) -> None:
+    assert main([*words, "--help"]) == 0
+    assert "examples:\n  torchlathe kernels" in capsys.readouterr().out
+
+
+def test_it_needs_nothing_but_torch() -> None:
+    """A bare machine has torch and Triton, and none of the other dependencies."""
+    missing = ["scipy", "rich", "jinja2", "matplotlib", "safetensors", "transformers"]
+    code = (
+        "import sys\n"
+        f"for name in {missing!r}: sys.modules[name] = None\n"
+        "import torchlathe.tools.kernels.gpu_check\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_shows_the_results() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.page_with_table(text) == text
+    with pytest.raises(ValueError, match="no mark"):
+        page.page_with_table("# Kernels\n")
+
+
+def test_the_results_are_of_the_kernels_that_there_are() -> None:
+    """A case that was added or renamed shows as a table that is out of date."""
+    data = json.loads(page.RESULTS.read_text(encoding="utf-8"))
+    kept = {(row["op"], row["config"], row["arch"]) for row in data["rows"]}
+    known = {(c.op, c.config, arch) for c in all_cases() for arch in c.architectures}
+    assert kept == known
+    assert data["triton"] == PINNED
+    assert not any(row["problems"] or row["stack"] for row in data["rows"])
+    assert all(row["problems"] for row in data["control"])

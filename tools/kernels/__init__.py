@@ -1,0 +1,1 @@
+"""Tuning, timing and judging the fused kernels on a GPU."""
