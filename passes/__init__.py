@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torchlathe.passes.base import (
     AnalysisPass,
+    DataAnalysis,
     Diagnostic,
     Exactness,
     Fact,
@@ -35,21 +36,36 @@ from torchlathe.passes.registry import TABLE, all_passes, get_pass, load_plugin,
 from torchlathe.passes.spec import parse_pipeline, pipeline_text
 
 if TYPE_CHECKING:
+    from torchlathe.passes.analysis.curvature import HessianSensitivity
+    from torchlathe.passes.analysis.experts import ExpertLayers
     from torchlathe.passes.analysis.explain import Explanation, explain
     from torchlathe.passes.analysis.families import ZeroInvariantGroups
     from torchlathe.passes.analysis.segments import Segments
+    from torchlathe.passes.analysis.sharing.coloring import SharingColoring
     from torchlathe.passes.rewrite.branches.erase_operators import EraseOperators
     from torchlathe.passes.rewrite.erasing.structured_erase import StructuredErase
+    from torchlathe.passes.rewrite.experts.merge_experts import MergeExperts
+    from torchlathe.passes.rewrite.experts.prune_experts import PruneExperts
+    from torchlathe.passes.rewrite.factorising.low_rank import LowRankSplit
+    from torchlathe.passes.rewrite.reordering.reorder_linear import ReorderLinear
+    from torchlathe.passes.rewrite.sharing.fit_layer_basis import FitLayerBasis
+    from torchlathe.passes.rewrite.sharing.share_parameters import ShareParameters
 
 __all__ = [
     "AnalysisPass",
+    "DataAnalysis",
     "Diagnostic",
     "DumpIR",
     "EraseOperators",
     "Exactness",
+    "ExpertLayers",
     "Explanation",
     "Fact",
+    "FitLayerBasis",
+    "HessianSensitivity",
     "Instrument",
+    "LowRankSplit",
+    "MergeExperts",
     "Option",
     "Pass",
     "PassContext",
@@ -58,8 +74,12 @@ __all__ = [
     "PassRecord",
     "PassResult",
     "PrintIR",
+    "PruneExperts",
+    "ReorderLinear",
     "RewritePass",
     "Segments",
+    "ShareParameters",
+    "SharingColoring",
     "Statistics",
     "StopAfter",
     "StructuredErase",

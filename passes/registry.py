@@ -38,7 +38,16 @@ ENTRY_POINTS = "torchlathe.passes"
 
 TABLE = {
     "erase-operators": "torchlathe.passes.rewrite.branches.erase_operators:EraseOperators",
+    "expert-layers": "torchlathe.passes.analysis.experts:ExpertLayers",
+    "fit-layer-basis": "torchlathe.passes.rewrite.sharing.fit_layer_basis:FitLayerBasis",
+    "hessian-sensitivity": "torchlathe.passes.analysis.curvature:HessianSensitivity",
+    "low-rank-split": "torchlathe.passes.rewrite.factorising.low_rank:LowRankSplit",
+    "merge-experts": "torchlathe.passes.rewrite.experts.merge_experts:MergeExperts",
+    "prune-experts": "torchlathe.passes.rewrite.experts.prune_experts:PruneExperts",
+    "reorder-linear": "torchlathe.passes.rewrite.reordering.reorder_linear:ReorderLinear",
     "segments": "torchlathe.passes.analysis.segments:Segments",
+    "share-parameters": "torchlathe.passes.rewrite.sharing.share_parameters:ShareParameters",
+    "sharing-coloring": "torchlathe.passes.analysis.sharing.coloring:SharingColoring",
     "structured-erase": "torchlathe.passes.rewrite.erasing.structured_erase:StructuredErase",
     "zero-invariant-groups": "torchlathe.passes.analysis.families:ZeroInvariantGroups",
 }

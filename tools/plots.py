@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torchlathe.tools.latency import Latency
     from torchlathe.tools.report import ParameterRow, Report
 
-__all__ = ["fidelity_plot", "latency_plot", "layers_plot", "sizes_plot", "svg"]
+__all__ = ["fidelity_plot", "latency_plot", "layers_plot", "sharing_plot", "sizes_plot", "svg"]
 
 # Stand-ins, no two alike, to the variables of the page.
 _INK, _MUTED, _RULE, _BEFORE, _AFTER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
@@ -43,6 +43,8 @@ _VARIABLES = {
     _BEFORE: "var(--before)",
     _AFTER: "var(--after)",
 }
+# Classes of layers that share; more of them than these begin again.
+_CLASS_COLOURS = ("#1f6feb", "#1a7f4b", "#c2740a", "#8250df", "#cf222e", "#0e7490")
 _MOST_LAYERS = 48
 _MOST_OUTPUTS = 16
 
@@ -152,6 +154,47 @@ def fidelity_plot(entries: Sequence[OutputFidelity]) -> str:
         axis.minorticks_off()
         axis.tick_params(length=0)
         return svg(figure, "fidelity")
+
+
+def sharing_plot(report: Report) -> str:
+    """Which layers share: a row per kind of layer, a cell per layer, a colour per class.
+
+    Drawn for the last pass with a record of sharing; layers that share with nobody are grey.
+    """
+    details = [record["details"] for record in report.passes if record.get("details")]
+    found = next((d["sharing"] for d in reversed(details) if "sharing" in d), None)
+    rows = _sharing_rows(found) if found else {}
+    if not rows:
+        return ""
+    widest = max(len(cells) for cells in rows.values())
+    with _figure(9.0, 0.45 + 0.3 * len(rows)) as figure:
+        axis = figure.subplots()
+        for place, cells in enumerate(rows.values()):
+            for column, number in enumerate(cells):
+                alone = number < 0
+                colour = _RULE if alone else _CLASS_COLOURS[number % len(_CLASS_COLOURS)]
+                axis.barh(place, 0.92, left=column, height=0.82, color=colour)
+                if not alone and widest <= _MOST_LAYERS:
+                    text = str(number + 1)
+                    axis.text(column + 0.46, place, text, ha="center", va="center", color="white")
+        axis.set_yticks(range(len(rows)), [shorten(name, 52) for name in rows], fontsize=8)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlim(0, max(widest, 8))
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        return svg(figure, "sharing")
+
+
+def _sharing_rows(sharing: dict[str, Any]) -> dict[str, list[int]]:
+    """Per role, the number of each layer's class among those of its type; -1 where it is alone."""
+    rows: dict[str, list[int]] = {}
+    for part in sharing["types"]:
+        shared = [one["layers"] for one in part["classes"] if len(one["layers"]) > 1]
+        for layer in part["layers"]:
+            role = ".".join("*" if p.isdigit() else p for p in layer.split("."))
+            number = next((i for i, layers in enumerate(shared) if layer in layers), -1)
+            rows.setdefault(role, []).append(number)
+    return rows
 
 
 def svg(figure: Figure, name: str) -> str:

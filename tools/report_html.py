@@ -43,6 +43,7 @@ def page(report: Report) -> str:
         "latency": plots.latency_plot(report.latency) if report.latency else "",
         "layers": plots.layers_plot(report.parameters),
         "fidelity": plots.fidelity_plot(report.fidelity),
+        "sharing": plots.sharing_plot(report),
     }
     return environment.get_template("report.html.j2").render(
         report=report,

@@ -38,9 +38,9 @@ COST = """\
 A BERT-base classifier ({parameters} parameters, random weights), {count} batches of {batch}
 sentences of {tokens} tokens; each batch analysed and trained on in turn, medians.
 `{options}`, a probe of the Hessian's trace per batch, against a step of AdamW of the model itself,
-without dropout.
+without dropout. Processor seconds, for other programs ran on the machine.
 
-| | seconds per batch | peak memory of a process |
+| | processor seconds per batch | peak memory of a process |
 | --- | --- | --- |
 | training step | {training} | {training_peak} |
 | sensitivity | {sensitivity} | {sensitivity_peak} |

@@ -193,8 +193,7 @@ class Sweep:
             drawn = hessian.root(seed)
             found = torch.autograd.grad(heads, targets, drawn, retain_graph=True, allow_unused=True)
             for name, value in zip(leaves, found, strict=False):
-                square = 0.0 if value is None else float(value.square().sum(dtype=torch.float64))
-                samples[name].append(square)
+                samples[name].append(0.0 if value is None else _square(value))
                 if value is not None and self.plan.diagonal == "ggn":
                     self.found.diagonal[name].addcmul_(value, value, value=share)
             for reader, value in zip(readers, found[len(leaves) :], strict=True):
@@ -295,6 +294,11 @@ def _seeds(
             signs = rademacher(seed[place].reshape(samples, -1)[:, 0], generator)
             seed[place].view(samples, -1)[:, index] = signs
             yield seed
+
+
+def _square(value: torch.Tensor) -> float:
+    """The squared norm, summed up in float64."""
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
 
 
 def _mixed(seed: int, index: int) -> int:

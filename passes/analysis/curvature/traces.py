@@ -50,8 +50,11 @@ class TraceEstimate:
 
 def rademacher(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Signs, each as likely, in the shape and dtype of a tensor; the generator is the CPU's."""
-    signs = torch.empty(like.shape, dtype=like.dtype).bernoulli_(0.5, generator=generator)
-    return signs.mul_(2).sub_(1).to(like.device)
+    # A byte of random bits each, eight at a time: several times faster than drawing floats.
+    count = like.numel()
+    words = torch.empty(-(-count // 8), dtype=torch.int64).random_(generator=generator)
+    bits = words.view(torch.int8)[:count].bitwise_and_(1)
+    return bits.to(like.dtype).mul_(2).sub_(1).reshape(like.shape).to(like.device)
 
 
 def _variance(values: Sequence[float]) -> float:
