@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from torchlathe.backends import CompiledModel
     from torchlathe.ir import Error, Program, capture
     from torchlathe.passes import PassManager
+    from torchlathe.passes.statistics import Calibration
 
 __all__ = [
+    "Calibration",
     "CompiledModel",
     "Error",
     "PassManager",
@@ -36,6 +38,7 @@ __all__ = [
 
 _PACKAGES = frozenset({"backends", "ir", "kernels", "passes", "tools"})
 _HOME = {
+    "Calibration": "torchlathe.passes.statistics",
     "CompiledModel": "torchlathe.backends",
     "Error": "torchlathe.ir",
     "PassManager": "torchlathe.passes",
