@@ -79,7 +79,8 @@ class StateFile:
             for key, accumulator in accumulators.items()
             for name, tensor in (accumulator.state() or {}).items()
         }
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        # One name: what a killed process leaves of it is overwritten by the next.
+        partial = self.path.with_suffix(".partial")
         try:
             _write(partial, tensors, {"seen": str(seen), "digest": digest})
             os.replace(partial, self.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,52 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
     for a, b in zip(matrices(want), matrices(got), strict=True):
         # Float32 values that another process may add up in another order.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+RESTLESS = """
+import sys
+import torch
+import torchlathe as tl
+from torchlathe.passes.base import PassContext
+from torchlathe.passes.statistics import collect_layers
+from tests.passes.test_statistics_resume import loss, wide
+
+torch.set_num_threads(1)
+program, data = wide()
+print("begun", flush=True)
+ctx = PassContext(program, "test", calibration=data, loss=loss)
+collect_layers(program, ctx, gradients=True, resume=sys.argv[1], save_every=1)
+"""
+
+
+def wide() -> tuple[Program, list[Tensor]]:
+    """States of 50 MB, so that most of the time goes into saving them."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 1500), nn.ReLU(), nn.Linear(1500, 3)).eval()
+    data = [torch.randn(5, 6) for _ in range(30)]
+    return tl.capture(model, (data[0],)), data
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_while_they_save(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RESTLESS, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    for milliseconds in (70, 200, 330, 450, 610):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(milliseconds / 1000)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    program, data = wide()
+    said: list[str] = []
+    want = collect_layers(program, context(program, data), gradients=True)
+    got = collect_layers(program, context(program, data, said), gradients=True, resume=tmp_path)
+    assert any("seen before" in text for text in said)
+    for a, b in zip(matrices(want), matrices(got), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
 def test_restored_moments_go_on() -> None:
