@@ -255,6 +255,20 @@ def test_costs_of_units_are_predictions_of_their_erasing(net: str, method: Any) 
     assert families
 
 
+def test_drawn_costs_are_those_of_the_whole_matrix_but_for_noise() -> None:
+    s = analysed(*NETS["conv"])
+    family = next(f for f in s.families.prunable if len(f.writers) > 2)  # with a norm behind it
+    costs, exact = (s.unit_costs(family, method=m) for m in ("drawn", "ggn"))
+    slopes = s.unit_costs(family, method="ggn") - torch.tensor(
+        [s.predict(s.erase(family, [u]), "ggn").second for u in range(family.extent)]
+    )
+    # 32 squares: sqrt(2 / 32) = 25 % of noise, and four times that at most.
+    assert ((costs - exact).abs() < exact - slopes).all()
+    delta = s.erase(family, [0])
+    assert s.predict(delta, "drawn").total == pytest.approx(float(costs[0]))
+    assert HessianSensitivity(method="drawn").method == "drawn"
+
+
 def _shared(family: Any) -> bool:
     names = [part.name for part in family.slices]
     return len(set(names)) < len(names) or any(p.name.endswith("weight") for p in family.readers)

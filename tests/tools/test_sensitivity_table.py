@@ -116,18 +116,21 @@ def test_the_page_says_where_the_target_is_missed() -> None:
         "parameters": 110e6,
         "batches": 2,
         "batch": [4, 64],
-        "options": "hessian-sensitivity{samples=1}",
+        "options": "hessian-sensitivity",
+        "samples": 8,
         "training_s": [1.0, 2.0],
-        "sensitivity_s": [4.0, 5.0],
+        "batches_s": [2.0, 4.0],
         "capture_s": 3.0,
-        "families_s": 0.1,
-        "ratio": 3.0,
+        "setup_s": 0.1,
+        "ratio": 2.5,
+        "ratio_unprobed": 2.0,
+        "ratio_probed": 4.0,
         **{f"{what}_peak_bytes": 2**30 for what in ("training", "sensitivity", "capture")},
     }
     page = sensitivity_page.measured({**head, "rows": [low, high], "cost": cost})
     assert "*0.800*" in page
     assert "below it for: a net, erase (0.800)" in page
-    assert "The ratio is 3.00 (the target was at most 3): it is met." in page
+    assert "take **2.50** times as long" in page
     good = sensitivity_page.measured({**head, "rows": [high], "cost": None})
     assert "in every row" in good
     old = f"a\n{sensitivity_page.BEGIN}\nold\n{sensitivity_page.END}\nb\n"

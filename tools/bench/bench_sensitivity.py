@@ -7,13 +7,13 @@ the loss that was predicted and the one that was measured, both on the same batc
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -36,7 +36,8 @@ from torchlathe.tools.bench.machine import machine
 __all__ = ["main"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "sensitivity_cpu.json"
-METHODS: Final = ("kfac", "diagonal", "ggn", "hessian")
+METHODS: Final = ("kfac", "diagonal", "drawn", "ggn", "hessian")
+_BATCHES: Final = 64  # that the ratio is composed for
 _UNITS, _RANKS, _BITS, _STEPS = 3, (0.97, 0.9), (8, 6), (0.02, 0.05)
 
 Delta = Mapping[str, torch.Tensor]
@@ -54,6 +55,7 @@ class Case:
         draws: Per batch, for the factors.
         exact: Changes of a kind that are also predicted by running over the data, at most.
         weights: Layers that are changed, at most about so many.
+        drawn: Whether units are predicted from draws too, a run over the data per family.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Case:
     draws: int = 8
     exact: int = 24
     weights: int = 18
+    drawn: bool = True
 
 
 def digits_case(name: str) -> Case:
@@ -99,7 +102,7 @@ def encoder_case() -> Case:
         distance: torch.Tensor = (outputs - batch["target"]).square().sum(1).mean()
         return distance
 
-    return Case("MiniLM", program, batches, loss, exact=6, weights=9)
+    return Case("MiniLM", program, batches, loss, exact=12, weights=9, drawn=False)
 
 
 CASES: Final[dict[str, Callable[[], Case]]] = {
@@ -112,30 +115,35 @@ CASES: Final[dict[str, Callable[[], Case]]] = {
 # -- predictions ---------------------------------------------------------------------------------
 
 
-def changes(case: Case, s: Sensitivity, seed: int = 0) -> Iterator[tuple[str, Delta]]:
-    """Small changes of each kind, drawn from a seed."""
+def changes(case: Case, s: Sensitivity, seed: int = 0) -> Iterator[tuple[str, Delta, float | None]]:
+    """Small changes of each kind, drawn from a seed, with what draws predict of units."""
     generator = torch.Generator().manual_seed(seed)
     families = s.families.prunable
     every = max(1, len(families) // 10)
     for family in families[::every]:
+        costs = s.unit_costs(family, method="drawn") if case.drawn else None
         for unit in torch.randperm(family.extent, generator=generator)[:_UNITS].tolist():
             erased = s.erase(family, [unit])
-            yield "erase a unit", erased
-            yield "shrink a unit by 10 %", {name: delta / 10 for name, delta in erased.items()}
+            first = s.predict(erased, "diagonal").first
+            cost = None if costs is None else float(costs[unit])
+            yield "erase a unit", erased, cost
+            tenth = {name: delta / 10 for name, delta in erased.items()}
+            small = None if cost is None else first / 10 + (cost - first) / 100
+            yield "shrink a unit by 10 %", tenth, small
     weights = list(dict.fromkeys(layer.weight for layer in s.layers.values()))
     weights = weights[:: max(1, len(weights) // case.weights)]
     values = {name: case.program.tensor(name).detach() for name in weights}
     for name, value in values.items():
         for bits in _BITS:
-            yield "round to 8 or 6 bits", {name: quantise_delta(value, bits)}
+            yield "round to 8 or 6 bits", {name: quantise_delta(value, bits)}, None
         full = min(value.flatten(1).shape)
         for share in _RANKS:
             rank = min(full - 1, round(full * share))
-            yield "cut 3 or 10 % of the ranks", {name: low_rank_delta(value, rank)}
+            yield "cut 3 or 10 % of the ranks", {name: low_rank_delta(value, rank)}, None
         others = [v for n, v in values.items() if n != name and v.shape == value.shape]
         for other, step in zip(others, _STEPS, strict=False):
             mean = (value + other) / 2
-            yield "move 2 or 5 % to a shared weight", {name: step * tie_delta(mean, value)}
+            yield "move 2 or 5 % to a shared weight", {name: step * tie_delta(mean, value)}, None
 
 
 def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
@@ -149,12 +157,18 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
     base = s.objective.value()
     kinds: dict[str, list[dict[str, float]]] = {}
     drawn = list(changes(case, s))
-    for kind in dict.fromkeys(kind for kind, _ in drawn):
-        mine = [delta for other, delta in drawn if other == kind]
+    for kind in dict.fromkeys(kind for kind, _, _ in drawn):
+        mine = [(delta, cost) for other, delta, cost in drawn if other == kind]
         every = -(-len(mine) // case.exact)
-        for number, delta in enumerate(mine):
+        for number, (delta, cost) in enumerate(mine):
             row = {"measured": s.objective.value(delta) - base}
-            for method in METHODS[: 4 if number % every == 0 else 2]:
+            if cost is not None:
+                row["drawn"] = cost
+            for method in (
+                "kfac",
+                "diagonal",
+                *(("ggn", "hessian") if number % every == 0 else ()),
+            ):
                 found = s.predict(delta, method)  # type: ignore[arg-type]
                 row[method], row[f"{method} second"] = found.total, found.second
             kinds.setdefault(kind, []).append(row)
@@ -171,6 +185,9 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
         }
         for method in METHODS:
             usable = [row for row in rows if method in row]
+            if len(usable) < (1 if method in ("ggn", "hessian") else len(rows)):
+                result[method] = None
+                continue
             measured = [row["measured"] for row in usable]
             result[method] = float(spearmanr([r[method] for r in usable], measured).statistic)
             errors = [abs(r[method] - r["measured"]) / abs(r["measured"]) for r in usable]
@@ -223,38 +240,44 @@ class Training:
 
 
 def cost_row(size: Training, options: dict[str, Any]) -> dict[str, Any]:
-    """Processor seconds of the analysis and of training steps, in turn, batch by batch."""
-    size.step(0)  # what is made at the first step is made
-    start = time.perf_counter()
-    program = size.program()
-    captured = time.perf_counter() - start
-    analysis = HessianSensitivity(samples=1, **options)
-    # What does not depend on the data: families, axis terms. Once for any number of batches.
-    start = time.perf_counter()
-    from torchlathe.passes import ZeroInvariantGroups
+    """Processor seconds of training steps, and of each batch of an analysis.
 
-    program.analysis(ZeroInvariantGroups)
-    families = time.perf_counter() - start
-    analysing, training = [], []
+    Every other batch has a probe of the Hessian's trace, so that what one costs is known apart.
+    """
+    size.step(0)  # what is made at the first step is made
+    start = time.process_time()
+    program = size.program()
+    captured = time.process_time() - start
+    ticks = [time.process_time()]
+    analysis = HessianSensitivity(samples=size.count // 2, **options)
+    analysis.on(
+        program,
+        calibration=size.batches,
+        progress=lambda text: ticks.append(time.process_time()),
+    )
+    ticks.append(time.process_time())
+    training = []
     for index in range(size.count):
         start = time.process_time()
         size.step(index)
-        middle = time.process_time()
-        analysis.on(program, calibration=[size.batches[index]])
-        analysing.append(time.process_time() - middle)
-        training.append(middle - start)
-        program = program.copy()
-        gc.collect()  # the result of the batch, which goes with the program that kept it
+        training.append(time.process_time() - start)
+    seconds = [b - a for a, b in pairwise(ticks)]
+    setup, plain, probed = seconds[0], median(seconds[1::2]), median(seconds[2::2])
+    step = median(training)
+    default = HessianSensitivity().samples
     return {
-        "options": str(analysis),
+        "options": str(HessianSensitivity(**options)),
         "parameters": sum(t.numel() for t in program.parameters.values()),
         "batch": [size.batch, size.tokens],
         "batches": size.count,
+        "samples": default,
         "capture_s": captured,
-        "families_s": families,
-        "sensitivity_s": analysing,
+        "setup_s": setup,
+        "batches_s": seconds[1:],
         "training_s": training,
-        "ratio": median(analysing) / median(training),
+        "ratio": (setup + (_BATCHES - default) * plain + default * probed) / (_BATCHES * step),
+        "ratio_unprobed": plain / step,
+        "ratio_probed": probed / step,
     }
 
 
@@ -295,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--case", choices=CASES, action="append", help="only this net")
     parser.add_argument("--cost", action="store_true", help="only the cost of the analysis")
-    parser.add_argument("--count", type=int, default=4, help="batches and steps (default 4)")
+    parser.add_argument("--count", type=int, default=6, help="batches and steps (default 6)")
     parser.add_argument("--shape", type=int, nargs=2, default=(8, 64), help="sentences, tokens")
     parser.add_argument("--rows", type=int, default=128, help="rows in the factors (default 128)")
     parser.add_argument("--limit-bytes", type=int, default=2**31)
@@ -319,17 +342,17 @@ def main(argv: list[str] | None = None) -> int:
         _write(parsed.json, result)
     if parsed.cost or not parsed.case:
         size = Training(parsed.shape[0], parsed.shape[1], parsed.count)
-        row: dict[str, Any] = memory_row(size, options, parsed.threads)
-        row |= cost_row(size, options)
-        result["cost"] = row
-        console.print(row, highlight=False)
+        peaks = memory_row(size, options, parsed.threads)
+        result["cost"] = {**cost_row(size, options), **peaks}
+        console.print(result["cost"], highlight=False)
         _write(parsed.json, result)
     return 0
 
 
 def _show(console: Console, row: dict[str, Any]) -> None:
-    texts = [f"{method} {row[method]:.3f}" for method in METHODS]
-    low = [method for method in METHODS if row[method] < 0.9]
+    told = {method: row[method] for method in METHODS if row.get(method) is not None}
+    texts = [f"{method} {value:.3f}" for method, value in told.items()]
+    low = [method for method, value in told.items() if value < 0.9]
     console.print(
         f"{row['net']}, {row['kind']}, {row['changes']} changes: {', '.join(texts)}"
         + (f"; below 0.9: {', '.join(low)}" if low else ""),

@@ -33,8 +33,9 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
     Attributes:
         method: What predictions use: Kronecker factors, the diagonal, or exact products with the
             Hessian or the Gauss-Newton matrix, which run over the data for each prediction.
-        samples: Hutchinson's probes of the Hessian in all, for the traces; at least one per batch.
-            0 for none: traces are of the Gauss-Newton matrix then.
+        samples: Hutchinson's probes of the Hessian in all, for the traces, spread evenly over the
+            batches: fewer than batches leave some out, and are the cheaper for it. 0 for none:
+            traces are of the Gauss-Newton matrix then.
         draws: Vectors drawn from the Gauss-Newton matrix per batch, for the factors; 0 takes every
             output of a sample in turn, which is exact per layer and as much dearer.
         rescale: Give each layer's factors the trace that the draws show, which the factors alone

@@ -13,18 +13,19 @@ from torch import fx
 from torchlathe.ir import OptionError
 from torchlathe.passes.analysis.curvature.costs import Over, pair_costs, parts_of
 from torchlathe.passes.analysis.curvature.deltas import erase_delta
+from torchlathe.passes.analysis.curvature.drawn import drawn_quadratics
 from torchlathe.passes.analysis.curvature.factors import LayerCurvature
 from torchlathe.passes.analysis.curvature.objective import Objective, Vector
 from torchlathe.passes.analysis.curvature.products import Along, Matrix, Mode, Products
 from torchlathe.passes.analysis.curvature.spectrum import End, eigenvalues
 from torchlathe.passes.analysis.curvature.sweep import Findings
 from torchlathe.passes.analysis.curvature.traces import TraceEstimate
-from torchlathe.passes.analysis.families import Families, Family
+from torchlathe.passes.analysis.families import Families, Family, ParameterSlice
 from torchlathe.passes.importance.criterion import Scoring
 
 __all__ = ["Method", "Prediction", "Sensitivity"]
 
-Method: TypeAlias = Literal["kfac", "diagonal", "hessian", "ggn"]
+Method: TypeAlias = Literal["kfac", "diagonal", "drawn", "ggn", "hessian"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Sensitivity:
             delta: Per parameter, ``after - before`` in its shape.
             method: "kfac" (the diagonal where a tensor has no factors) and "diagonal" cost no run;
                 "hessian" and "ggn" run over the data, and neglect nothing of second order ("ggn"
-                the network's own curvature).
+                the network's own curvature); "drawn" estimates "ggn" from random vectors.
 
         Raises:
             OptionError: A name or a shape that is not a parameter's.
@@ -153,6 +154,12 @@ class Sensitivity:
         if method in ("hessian", "ggn"):
             return self._exact(given, "hessian" if method == "hessian" else "ggn", method)
         first = sum(_inner(self.gradient(name), value) for name, value in given.items())
+        if method == "drawn":
+            second = drawn_quadratics(
+                self.objective.only(given),
+                lambda s: torch.tensor(sum(_inner(s[n], d) for n, d in given.items())),
+            )
+            return Prediction(first, float(second) / 2, None, method)
         parts: dict[str, float] = {}
         if method == "kfac":
             parts = self._kronecker(given)
@@ -170,7 +177,8 @@ class Sensitivity:
         Args:
             family: One of the program's, or its name.
             over: Which slices are zeroed, see `erase`.
-            method: As for `predict`; "hessian" and "ggn" run over the data once per unit.
+            method: As for `predict`; "hessian" and "ggn" run over the data once per unit, "drawn"
+                once for all of them.
 
         Returns:
             Shape (extent,), float64 on the CPU.
@@ -185,10 +193,11 @@ class Sensitivity:
         parts = parts_of(family, self.objective.names, over)
         owned = {part.name for part in parts}
         done: set[str] = set()
+        total -= self._slopes(family, parts, self._found.gradient)
+        if method == "drawn" and parts:
+            objective = self.objective.only(owned)
+            return total + drawn_quadratics(objective, lambda s: self._slopes(family, parts, s)) / 2
         for part in parts:
-            tensor = self._scoring.tensor(part.name)
-            slope = self._along(self.gradient(part.name) * tensor, part.axis)
-            total -= self._scoring.per_unit(family, part, slope)
             costs = None
             if method == "kfac":
                 costs = self._pair_costs(family, part, owned, done)
@@ -306,6 +315,16 @@ class Sensitivity:
                 return None
             done |= {part.name} | ({bias} if bias is not None else set())
             total = costs if total is None else total + costs
+        return total
+
+    def _slopes(
+        self, family: Family, parts: Sequence[ParameterSlice], vector: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The inner product of a vector with what each unit owns; (extent,) float64."""
+        total = torch.zeros(family.extent, dtype=torch.float64)
+        for part in parts:
+            products = vector[part.name] * self._scoring.tensor(part.name)
+            total += self._scoring.per_unit(family, part, self._along(products, part.axis))
         return total
 
     def _along(self, values: torch.Tensor, axis: int) -> torch.Tensor:

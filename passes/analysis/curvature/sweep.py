@@ -42,7 +42,7 @@ class Plan:
         diagonal: Which diagonal.
         draws: Vectors drawn from the Gauss-Newton matrix per batch; 0 for every output of a sample
             in turn, None for none.
-        probes: Hutchinson's probes of the Hessian, in all; at least one per batch unless 0.
+        probes: Hutchinson's probes of the Hessian, in all, spread evenly over the batches.
         mode: How products with the Hessian are computed.
         rows: At most so many rows of a batch enter a layer's factors; 0 for all.
         limit_bytes: Memory for all factors; layers beyond it have none.
@@ -95,18 +95,19 @@ class Sweep:
     def run(self) -> Findings:
         """Go over the batches."""
         total = len(self.objective)
-        per_batch = -(-self.plan.probes // total) if total else 0
         for name, tensor in self.objective.parameters().items():
             wide = torch.promote_types(tensor.dtype, torch.float32)
             self.found.gradient[name] = torch.zeros_like(tensor, dtype=wide)
             self.found.diagonal[name] = torch.zeros_like(tensor, dtype=wide)
         for batch in self.objective:
             self.objective.ctx.report(f"curvature: batch {batch.index + 1}/{total}")
-            self._batch(batch, per_batch)
+            reached = [self.plan.probes * (batch.index + i) // total for i in (0, 1)]
+            self._batch(batch, reached[1] - reached[0])
             self._count += 1
-        for vector in (self.found.gradient, self.found.diagonal):
-            for tensor in vector.values():
-                tensor /= self._count
+        probed = min(self._count, self.plan.probes)
+        for name in self.objective.names:
+            self.found.gradient[name] /= self._count
+            self.found.diagonal[name] /= probed if self.plan.diagonal == "hessian" else self._count
         for reader, (inputs, outputs) in self._layers.items():
             if outputs.count and inputs.count:  # the loss depends on it
                 moments = LayerMoments(reader, inputs, outputs, unfolds(reader))

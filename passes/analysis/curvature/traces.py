@@ -29,7 +29,7 @@ class TraceEstimate:
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[float]]) -> TraceEstimate:
-        """From the samples of each batch; the trace is the mean over batches.
+        """From the samples of each batch that has any; the trace is the mean over them.
 
         Source: Hutchinson 1990 (the estimate).
         """
