@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -136,6 +137,14 @@ MODELS = {
     "qwen3": qwen3_moe,
     "switch": switch,
 }
+
+# One that reads experts by groups and one by an index; the others where there is time.
+EACH = [
+    "mixtral",
+    "switch",
+    pytest.param("mixtral-batched", marks=pytest.mark.slow),
+    pytest.param("qwen3", marks=pytest.mark.slow),
+]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torchlathe as tl
-from tests.passes.moe_models import MODELS, TopK, batch_for, made, mixtral, switch
+from tests.passes.moe_models import EACH, MODELS, TopK, batch_for, made, mixtral, switch
 from torchlathe.ir import OptionError, PassError, PreconditionError, Program, capture
 from torchlathe.ir.verifying import check_equivalence
 from torchlathe.passes import ExpertLayers, MergeExperts, PassContext, PassManager
@@ -292,7 +292,7 @@ def plant(program: Program, copies: dict[int, int], *, shuffle: bool) -> Program
     return program
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_merging_permuted_copies_loses_nothing_once_they_are_aligned(name: str) -> None:
     _, program, batches = made(name)
     program = plant(program, {2: 0, 3: 1}, shuffle=True)
@@ -326,7 +326,7 @@ def test_merging_identical_experts_needs_no_alignment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "experts"), [*((name, 2) for name in MODELS), ("mixtral", 1), ("switch", 3)]
+    ("name", "experts"), [("mixtral", 1), ("qwen3", 2), ("mixtral-batched", 2), ("switch", 3)]
 )
 def test_a_row_that_picks_two_members_counts_both_gates(name: str, experts: int) -> None:
     """The full-size model in which each expert has the weights of its class is the same."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.passes.moe_models import MODELS, TopK, made
+from tests.passes.moe_models import EACH, TopK, made
 from torchlathe.ir import OptionError, capture
 from torchlathe.passes import ExpertLayers, MergeExperts, PassManager
 from torchlathe.passes.rewrite.experts.alignment import expert_of, units_of
@@ -64,7 +64,7 @@ def test_slices_that_may_be_scaled_are_read_off_the_graph(join: Any, free: set[A
     assert scaled_slots(Gated(join)) == free
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_balancing_an_expert_changes_nothing_but_scales(name: str) -> None:
     """Each expert as balanced, in the full-size model, computes what it did."""
     from torchlathe.ir.verifying import check_equivalence
@@ -89,7 +89,7 @@ def test_balancing_an_expert_changes_nothing_but_scales(name: str) -> None:
     assert found.max_rel_error < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_copies_that_differ_in_scale_merge_once_they_are_balanced(name: str) -> None:
     _, program, batches = made(name)
     program = program.copy()

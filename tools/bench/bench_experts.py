@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,12 +33,15 @@ _CHANCES: Final = 3  # seeds of what is random
 MERGES: Final = {
     "merge (default)": "",
     "not aligned": "align=false",
+    "balanced": "balance=true",
     "uniform weights": "weighting=uniform",
     "reversed weights": "weighting=reversed",
     "grouped by weights": "similarity=weight",
     "grouped at random": "similarity=random",
     "clusters": "grouping=clusters",
     "clusters by weights": "grouping=clusters,similarity=weight",
+    "clusters by weights, uniform budgets": "grouping=clusters,similarity=weight,"
+    "allocation=uniform",
     "uniform budgets": "allocation=uniform",
     "not aligned, uniform weights": "align=false,weighting=uniform",
 }
@@ -51,12 +54,16 @@ PRUNES: Final = {
 }
 
 
-def rows(language: Language, experts: float) -> Iterator[dict[str, Any]]:
-    """Each method at one size, with the loss that it leaves."""
+def rows(
+    language: Language, experts: float, only: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Each method (or only some of them) at one size, with the loss that it leaves."""
     batch = language.calibration[0]
     program = capture(language.model, (), batch)
     for kind, methods in (("merge-experts", MERGES), ("prune-experts", PRUNES)):
         for name, options in methods.items():
+            if only and name not in only:
+                continue
             text = f"{kind}{{experts={experts:g}{',' if options else ''}{options}}}"
             chances = _CHANCES if "random" in options else 1
             for seed in range(chances):
@@ -98,6 +105,7 @@ def measure(
     seeds: int,
     sizes: tuple[float, ...],
     cache: Path | None,
+    only: Collection[str],
 ) -> Iterator[dict[str, Any]]:
     """All rows of one task."""
     for seed in range(seeds):
@@ -106,7 +114,7 @@ def measure(
         parameters = sum(p.numel() for p in language.model.parameters())
         head = {"task": task, "seed": seed, "steps": steps, "whole": whole}
         for experts in sizes:
-            for row in rows(language, experts):
+            for row in rows(language, experts, only):
                 yield {**head, "whole_parameters": parameters, **row}
 
 
@@ -116,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each model")
     parser.add_argument("--steps", type=int, default=700, help="training steps on text")
     parser.add_argument("--cache", type=Path, help="folder to keep trained models in")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="methods to run; their rows replace those there are"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -126,12 +137,17 @@ def main(arguments: list[str] | None = None) -> int:
         ("text", text_language, options.steps, (6.0, 4.0)),
     )
     for task, make, steps, sizes in tasks:
-        for row in measure(make, task, steps, options.seeds, sizes, options.cache):
+        for row in measure(make, task, steps, options.seeds, sizes, options.cache, options.only):
             found.append(row)
             console.print(
                 f"{task} {row['seed']} {row['spec']}: {math.exp(row['loss']):.3f} "
                 f"({math.exp(row['whole']):.3f} whole)"
             )
+    if options.only:
+        there = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
+        found = [row for row in there if row["method"] not in options.only] + found
+    order = [*MERGES, *PRUNES]
+    found.sort(key=lambda row: order.index(row["method"]))
     result = {**machine(), "seeds": options.seeds, "rows": found}
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -119,7 +119,7 @@ def weight_similarity(
             expert = expert_of(program, layer, number)
             if alignment is not None:
                 expert = alignment.align(anchor, alignment.balanced(expert))
-        row = torch.cat([expert[name].flatten() for name in layer.tensors])
+        row = torch.cat([expert[name].flatten() for name in layer.tensors]).float()
         rows.append(row / row.norm().clamp_min(torch.finfo(row.dtype).tiny))
     stacked = torch.stack(rows)
     return (stacked @ stacked.T).double().cpu()

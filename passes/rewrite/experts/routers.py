@@ -61,6 +61,8 @@ def leave_out(
             _renumber(edit, layer, stay, masks.get(layer))
             for name, axis in layer.tensors.items():
                 edit.keep(name, {axis: stay})
+            # Zeros in the original do not keep a router from choosing: no such copy is equal.
+            program.rewritten |= {*layer.tensors}
 
 
 def _renumber(

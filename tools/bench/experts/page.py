@@ -49,13 +49,14 @@ _CLAIMS: Final = (
     ("uniform weights", "not aligned, uniform weights"),
     ("merge (default)", "uniform weights"),
     ("uniform weights", "reversed weights"),
+    ("balanced", "merge (default)"),
     ("merge (default)", "grouped by weights"),
     ("merge (default)", "grouped at random"),
     ("merge (default)", "clusters"),
     ("merge (default)", "uniform budgets"),
     ("prune (default)", "merge (default)"),
     ("prune as REAP", "merge (default)"),
-    ("prune (default)", "prune as REAP"),
+    ("prune by outputs", "merge (default)"),
 )
 
 
@@ -69,7 +70,7 @@ def measured(result: dict[str, Any]) -> str:
     steps = {f"{row['task']}_steps": row["steps"] for row in rows}
     chances = 1 + max(row["chance"] for row in rows)
     parts = [INTRODUCTION.format(**{**result, **steps, "chances": chances})]
-    for task in dict.fromkeys(row["task"] for row in rows):
+    for task in sorted({row["task"] for row in rows}):
         parts += _task(task, [row for row in rows if row["task"] == task])
     parts += [ORDER, _order(rows)]
     return "\n".join(parts)
@@ -117,7 +118,7 @@ def _cell(losses: list[float]) -> str:
 
 
 def _order(rows: list[dict[str, Any]]) -> str:
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = sorted({row["task"] for row in rows})
     lines = [
         "| first | second | " + " | ".join(tasks) + " |",
         "| --- | --- |" + " --- |" * len(tasks),
