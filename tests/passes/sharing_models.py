@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 import torchlathe as tl
 from torchlathe.ir import Program
 
-__all__ = ["WHICH", "Block", "Stack", "planted", "program_of"]
+__all__ = ["WHICH", "Block", "Stack", "planted", "planted_program", "program_of"]
 
 # Which template each layer of `planted` is a copy of.
 WHICH = (0, 1, 1, 0, 1, 0)
@@ -34,7 +36,7 @@ class Stack(nn.Module):
 
     def __init__(self, depth: int = len(WHICH), act: nn.Module | None = None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(act) for _ in range(depth))
+        self.blocks: Any = nn.ModuleList(Block(act) for _ in range(depth))
         self.head = nn.Linear(WIDTH, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,3 +76,9 @@ def program_of(model: nn.Module, rows: int = 32) -> tuple[Program, Tensor]:
     """The program and its example input."""
     x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1))
     return tl.capture(model.eval(), (x,)), x
+
+
+@functools.cache
+def planted_program(noise: float = 0.0, scale: bool = False) -> tuple[Program, Tensor]:
+    """The program of `planted`, captured once per process: passes run on copies of it."""
+    return program_of(planted(noise=noise, scale=scale))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,10 +13,11 @@ from torch import nn
 
 import torchlathe as tl
 from tests.passes.sharing_models import HIDDEN, WIDTH, Stack, program_of
-from torchlathe.ir import InputError, OptionError
+from torchlathe.ir import InputError, OptionError, Program
 from torchlathe.ir.trainable import TrainableProgram
 from torchlathe.passes import FitLayerBasis, PassManager
 from torchlathe.passes.rewrite.sharing.layer_stacks import (
+    FORMS,
     find_stacks,
     fit_components,
     layer_basis,
@@ -35,8 +39,15 @@ def polynomial_stack(depth: int, degree: int, seed: int = 0) -> Stack:
     return model
 
 
+@functools.cache
+def stack_program(depth: int = 6, degree: int | None = None) -> tuple[Program, torch.Tensor]:
+    """A program of random blocks, or of `polynomial_stack`, captured once per process."""
+    torch.manual_seed(0)
+    return program_of(Stack(depth) if degree is None else polynomial_stack(depth, degree))
+
+
 @pytest.mark.parametrize("form", ["chebyshev", "monomials"])
-def test_both_forms_span_the_same_polynomials(form: str) -> None:
+def test_both_forms_span_the_same_polynomials(form: Any) -> None:
     values = layer_basis(6, 3, form)
     assert values.shape == (6, 3)
     place = torch.linspace(0, 1, 6, dtype=torch.float64)
@@ -48,7 +59,7 @@ def test_both_forms_span_the_same_polynomials(form: str) -> None:
 
 
 def test_chebyshev_is_better_conditioned() -> None:
-    conds = [torch.linalg.cond(layer_basis(12, 6, form)) for form in ("chebyshev", "monomials")]
+    conds = [torch.linalg.cond(layer_basis(12, 6, form)) for form in FORMS]
     assert conds[0] < conds[1] / 100
 
 
@@ -81,9 +92,9 @@ def test_no_components_fit_better(count: int, components: int, seed: int) -> Non
 
 
 @pytest.mark.parametrize("curvature", ["none", "inputs"])
-def test_a_stack_on_a_polynomial_loses_nothing(curvature: str) -> None:
+def test_a_stack_on_a_polynomial_loses_nothing(curvature: Any) -> None:
     model = polynomial_stack(6, degree=2)
-    program, x = program_of(model)
+    program, x = stack_program(6, 2)
     result = PassManager([FitLayerBasis(components=3, curvature=curvature)]).run(
         program, calibration=[x]
     )
@@ -95,7 +106,7 @@ def test_a_stack_on_a_polynomial_loses_nothing(curvature: str) -> None:
 
 
 def test_more_components_lose_less() -> None:
-    program, x = program_of(Stack())
+    program, x = stack_program()
     errors = []
     for components in (1, 3, 5):
         result = PassManager([FitLayerBasis(components=components)]).run(program)
@@ -106,7 +117,7 @@ def test_more_components_lose_less() -> None:
 @pytest.mark.parametrize("depth", [1, 3, 6, 9])
 def test_another_depth_is_a_valid_model(depth: int) -> None:
     model = polynomial_stack(6, degree=2)
-    program, x = program_of(model)
+    program, x = stack_program(6, 2)
     result = PassManager("fit-layer-basis{components=3}").run(program)
     other = Stack(depth).eval()
     other.load_state_dict(recompose(result, depth))
@@ -125,9 +136,9 @@ def test_another_depth_is_a_valid_model(depth: int) -> None:
 
 
 def test_components_are_trained_and_recomposed_with_what_was_learnt() -> None:
-    program, x = program_of(Stack())
+    program, x = stack_program()
     result = PassManager([FitLayerBasis(components=2)]).run(program)
-    module = TrainableProgram(result)
+    module: Any = TrainableProgram(result)
     assert dict(module.named_parameters()).keys() >= {"blocks.basis.up.weight", "head.weight"}
     loss = module(x).square().mean()
     loss.backward()
@@ -145,7 +156,7 @@ def test_what_is_left_out_comes_from_the_nearest_block() -> None:
 
 
 def test_erasing_takes_a_unit_from_all_layers() -> None:
-    program, x = program_of(Stack())
+    program, x = stack_program()
     result = PassManager("fit-layer-basis{components=3},structured-erase{sparsity=0.3}").run(
         program
     )
@@ -163,6 +174,7 @@ def test_stacks_are_found_by_names_and_shapes() -> None:
     assert find_stacks({"0.weight": (2, 2), "2.weight": (2, 2)}) == ()
 
 
+@pytest.mark.slow
 def test_vit_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {
@@ -202,13 +214,13 @@ def test_vit_of_transformers() -> None:
         ({"curvature": "kfac"}, "curvature"),
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         FitLayerBasis(**options)
 
 
 def test_bad_input_is_told() -> None:
-    program, _ = program_of(Stack(2))
+    program, _ = stack_program(2)
     result = PassManager([FitLayerBasis(components=3)]).run(program)
     assert not result.history[-1].changed
     assert "2 layers are not more than 3" in result.history[-1].diagnostics[0]["message"]

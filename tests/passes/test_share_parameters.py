@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import torchlathe as tl
-from tests.passes.sharing_models import HIDDEN, WHICH, WIDTH, Stack, planted, program_of
+from tests.passes.sharing_models import (
+    HIDDEN,
+    WHICH,
+    WIDTH,
+    Stack,
+    planted,
+    planted_program,
+    program_of,
+)
 from torchlathe.ir import OptionError, PreconditionError, Program
 from torchlathe.ir.trainable import TrainableProgram
 from torchlathe.passes import PassManager, ShareParameters, SharingColoring, ZeroInvariantGroups
@@ -19,7 +28,7 @@ from torchlathe.tools.plots import sharing_plot
 CLASSES = {(0, 3, 5), (1, 2, 4)}
 
 
-def shared(program: Program, x: Tensor, spec: str | ShareParameters, **kwargs: object) -> Program:
+def shared(program: Program, x: Tensor, spec: str | ShareParameters, **kwargs: Any) -> Program:
     return PassManager([spec]).run(program, calibration=[x], **kwargs)
 
 
@@ -33,9 +42,9 @@ def layers_of(names: tuple[str, ...]) -> tuple[int, ...]:
 @pytest.mark.parametrize("curvature", ["inputs", "outputs", "none"])
 @pytest.mark.parametrize("noise", [0.0, 0.02], ids=["exact", "noisy"])
 def test_noisy_permuted_copies_of_two_templates_are_two_classes(
-    curvature: str, noise: float
+    curvature: Any, noise: float
 ) -> None:
-    program, x = program_of(planted(noise=noise))
+    program, x = planted_program(noise=noise)
     analysis = SharingColoring(classes=2, curvature=curvature, include=("blocks.*",))
     coloring = analysis.on(program, calibration=[x])
     assert [part.name for part in coloring.types] == ["blocks.*.up.weight", "blocks.*.down.weight"]
@@ -45,8 +54,8 @@ def test_noisy_permuted_copies_of_two_templates_are_two_classes(
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "fisher"])
-def test_curvature_of_a_loss_finds_the_templates_too(curvature: str) -> None:
-    program, x = program_of(planted(noise=0.02))
+def test_curvature_of_a_loss_finds_the_templates_too(curvature: Any) -> None:
+    program, x = planted_program(noise=0.02)
     targets = torch.randn(32, 4)
     coloring = SharingColoring(classes=2, curvature=curvature, include=("blocks.*",)).on(
         program,
@@ -58,7 +67,7 @@ def test_curvature_of_a_loss_finds_the_templates_too(curvature: str) -> None:
 
 
 def test_theta_finds_the_number_of_templates() -> None:
-    program, x = program_of(planted(noise=0.02))
+    program, x = planted_program(noise=0.02)
     coloring = SharingColoring(theta=0.2, include=("blocks.*",)).on(program, calibration=[x])
     assert [len(part.classes) for part in coloring.types] == [2, 2]
     graph = coloring.to_networkx()
@@ -68,8 +77,8 @@ def test_theta_finds_the_number_of_templates() -> None:
 
 
 @pytest.mark.parametrize("solver", ["exact", "ward", "dsatur"])
-def test_every_solver_finds_the_templates_and_tells_its_gap(solver: str) -> None:
-    program, x = program_of(planted(noise=0.02))
+def test_every_solver_finds_the_templates_and_tells_its_gap(solver: Any) -> None:
+    program, x = planted_program(noise=0.02)
     analysis = SharingColoring(classes=2, solver=solver, include=("blocks.*",))
     coloring = analysis.on(program, calibration=[x])
     for part in coloring.types:
@@ -79,7 +88,7 @@ def test_every_solver_finds_the_templates_and_tells_its_gap(solver: str) -> None
 
 
 def test_without_alignment_permuted_copies_look_unrelated() -> None:
-    program, x = program_of(planted())
+    program, x = planted_program()
     aligned = SharingColoring(classes=2, include=("blocks.*",)).on(program, calibration=[x])
     plain = SharingColoring(classes=2, align=False, include=("blocks.*",)).on(
         program, calibration=[x]
@@ -89,7 +98,7 @@ def test_without_alignment_permuted_copies_look_unrelated() -> None:
 
 
 def test_an_analysis_changes_nothing() -> None:
-    program, x = program_of(planted())
+    program, x = planted_program()
     before = program.fingerprint()
     SharingColoring(classes=2).on(program, calibration=[x])
     assert program.fingerprint() == before
@@ -101,7 +110,7 @@ def test_an_analysis_changes_nothing() -> None:
 @pytest.mark.parametrize("scale", [False, True], ids=["permuted", "scaled"])
 def test_merging_permuted_copies_loses_nothing(scale: bool) -> None:
     model = planted(scale=scale)
-    program, x = program_of(model)
+    program, x = planted_program(scale=scale)
     result = shared(program, x, ShareParameters(classes=2))
     record = result.history[-1]
     # Rounding of float32 weights, through six residual layers.
@@ -115,7 +124,7 @@ def test_merging_permuted_copies_loses_nothing(scale: bool) -> None:
 
 
 def test_a_budget_is_met() -> None:
-    program, x = program_of(planted(noise=0.1))
+    program, x = planted_program(noise=0.1)
     whole = sum(t.numel() for t in program.parameters.values())
     for share in (0.9, 0.6, 0.4):
         result = shared(program, x, f"share-parameters{{params={share}}}")
@@ -123,10 +132,9 @@ def test_a_budget_is_met() -> None:
 
 
 def test_a_tied_parameter_is_stored_trained_and_saved_once(tmp_path) -> None:
-    model = planted(noise=0.05)
-    program, x = program_of(model)
+    program, x = planted_program(noise=0.05)
     result = shared(program, x, ShareParameters(classes=1, include=("*.up.weight",)))
-    module = TrainableProgram(result)
+    module: Any = TrainableProgram(result)
     name = "blocks.0.up.weight"
     weights = [module.get_parameter(f"blocks.{i}.up.weight") for i in range(6)]
     assert all(weight is weights[0] for weight in weights)
@@ -154,7 +162,7 @@ def test_a_tied_parameter_is_stored_trained_and_saved_once(tmp_path) -> None:
 def test_saving_stores_it_once_and_loading_keeps_it_tied(tmp_path) -> None:
     model = planted()
     x = torch.randn(32, WIDTH)
-    options = {"example_inputs": (x,), "calibration": [x]}
+    options: dict[str, Any] = {"example_inputs": (x,), "calibration": [x], "measure_latency": False}
     whole = tl.compile(model, [], **options)
     tied = tl.compile(model, [ShareParameters(classes=2)], **options)
     sizes = []
@@ -175,7 +183,8 @@ def test_saving_stores_it_once_and_loading_keeps_it_tied(tmp_path) -> None:
 def test_the_report_has_a_picture_of_what_shares() -> None:
     x = torch.randn(32, WIDTH)
     spec = "share-parameters{classes=2}"
-    compiled = tl.compile(planted(), [spec], example_inputs=(x,), calibration=[x])
+    options: dict[str, Any] = {"example_inputs": (x,), "measure_latency": False}
+    compiled = tl.compile(planted(), [spec], calibration=[x], **options)
     picture = ElementTree.fromstring(sharing_plot(compiled.report))
     texts = ["".join(node.itertext()) for node in picture.iter("{http://www.w3.org/2000/svg}text")]
     # Six layers in two rows, and a head that is alone.
@@ -183,12 +192,12 @@ def test_the_report_has_a_picture_of_what_shares() -> None:
     assert "blocks.*.up.weight" in texts
     assert "Which layers share" in compiled.report.to_html()
     assert type(compiled.report).from_dict(compiled.report.to_dict()) == compiled.report
-    untouched = tl.compile(planted(), [], example_inputs=(x,))
+    untouched = tl.compile(planted(), [], **options)
     assert "Which layers share" not in untouched.report.to_html()
 
 
 def test_erasing_respects_what_is_shared() -> None:
-    program, x = program_of(planted(noise=0.05))
+    program, x = planted_program(noise=0.05)
     result = shared(program, x, ShareParameters(classes=2))
     families = result.analysis(ZeroInvariantGroups)
     owned = {part.name for part in families.by_name("blocks.0.up.weight:0").slices}
@@ -214,7 +223,7 @@ def test_erasing_respects_what_is_shared() -> None:
 )
 def test_the_graph_computes_what_was_predicted(spec: str) -> None:
     model = planted(noise=0.1)
-    program, x = program_of(model)
+    program, x = planted_program(noise=0.1)
     result = shared(program, x, spec)
     record = result.history[-1]
     whole = record.parameters_before
@@ -223,14 +232,13 @@ def test_the_graph_computes_what_was_predicted(spec: str) -> None:
         share = float(spec.partition("params=")[2][:3])
         assert record.parameters_after <= share * whole
     # Far from the original, but the same order of size: nothing was mixed up.
-    error = float((result.run(x) - model(x)).norm() / model(x).norm())
+    wanted = model(x).detach()
+    error = float((result.run(x).detach() - wanted).norm() / wanted.norm())
     assert 1e-4 < error < 0.8
-    assert tl.compile(model, [spec], example_inputs=(x,), calibration=[x])(x).shape == (32, 4)
 
 
 def test_more_parameters_lose_less() -> None:
-    model = planted(noise=0.1)
-    program, x = program_of(model)
+    program, x = planted_program(noise=0.1)
     costs = [
         SharingColoring(mode="basis", params=share).on(program, calibration=[x]).cost
         for share in (0.4, 0.6, 0.8, 1.0)
@@ -242,7 +250,7 @@ def test_more_parameters_lose_less() -> None:
 class Convs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
+        self.convs: Any = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,26 +260,27 @@ class Convs(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["tied", "basis", "base"])
-def test_convolutions_share(mode: str) -> None:
+def test_convolutions_share(mode: Any) -> None:
     torch.manual_seed(0)
     model = Convs().eval()
     with torch.no_grad():
         model.convs[2].weight.copy_(model.convs[1].weight)
     x = torch.randn(4, 6, 8, 8)
     program = tl.capture(model, (x,))
-    amount = {"params": 0.95} if mode == "basis" else {"classes": 2}
+    amount: dict[str, Any] = {"params": 0.95} if mode == "basis" else {"classes": 2}
     result = shared(
         program, x, ShareParameters(mode=mode, include=("convs.*",), align=False, **amount)
     )
     # Two of the three are equal, so that one weight (or basis) for them loses nothing.
     limit = 0.2 if mode == "basis" else 1e-5
-    assert float((result.run(x) - model(x)).norm() / model(x).norm()) < limit
+    assert float((result.run(x) - model(x)).detach().norm() / model(x).norm()) < limit
     assert result.history[-1].changed
 
 
 # --- models that nobody here wrote ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bert_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -354,19 +363,19 @@ def test_minilm() -> None:
         ({"rounds": -1}, "rounds is -1"),
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         ShareParameters(**options)
 
 
 def test_a_loss_that_is_missing_is_asked_for_before_any_work() -> None:
-    program, x = program_of(planted())
+    program, x = planted_program()
     with pytest.raises(PreconditionError, match="loss"):
         shared(program, x, "share-parameters{curvature=kfac}")
 
 
 def test_a_pattern_that_matches_nothing_names_the_roles() -> None:
-    program, x = program_of(planted())
+    program, x = planted_program()
     with pytest.raises(tl.Error, match="matches no weight") as caught:
         shared(program, x, ShareParameters(include=("encoder.*",)))
     assert "blocks.*.up.weight" in str(caught.value.hint)
@@ -380,13 +389,13 @@ def test_a_model_without_layers_is_refused() -> None:
 
 
 def test_a_budget_that_cannot_be_met_is_refused() -> None:
-    program, x = program_of(planted())
+    program, x = planted_program()
     with pytest.raises(tl.Error, match="less than the layers"):
         shared(program, x, "share-parameters{params=0.1}")
 
 
 def test_nothing_to_share_changes_nothing() -> None:
-    program, x = program_of(planted())
+    program, x = planted_program()
     result = shared(program, x, ShareParameters(classes=len(WHICH)))
     assert not result.history[-1].changed
 
@@ -398,3 +407,20 @@ def test_infinite_weights_are_refused() -> None:
     program, x = program_of(model)
     with pytest.raises(tl.Error, match="finite"):
         shared(program, x, "share-parameters{align=false}")
+
+
+def test_only_alike_tensors_can_be_tied() -> None:
+    program, _ = planted_program()
+    before = program.fingerprint()
+    with pytest.raises(ValueError, match="cannot be tied"), program.edit() as edit:
+        edit.tie("blocks.0.up.weight", "blocks.0.down.weight")
+    assert before == program.fingerprint()
+    with program.edit() as edit:
+        edit.tie("blocks.1.up.weight", "blocks.0.up.weight")
+        edit.tie("blocks.1.up.weight", "blocks.0.up.weight")  # once more changes nothing
+        assert edit.count == 1
+        edit.tie("blocks.0.up.weight", "blocks.2.up.weight")  # aliases follow
+    assert program.aliases == {
+        "blocks.0.up.weight": "blocks.2.up.weight",
+        "blocks.1.up.weight": "blocks.2.up.weight",
+    }

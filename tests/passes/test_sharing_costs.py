@@ -1,6 +1,7 @@
 """Parallel sums, shared bases and partitions: identities, and brute force."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ OUTS, FEATURES = 3, 4
 FORMS = ("diagonal", "inputs", "kronecker")
 seeds = st.integers(0, 2**16)
 # Sums of a hundred products in float64, damped by 1e-10 of the mean diagonal.
-TOLERANCE = {"rel": 1e-6, "abs": 1e-9}
+TOLERANCE: dict[str, Any] = {"rel": 1e-6, "abs": 1e-9}
 
 
 def positive(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -226,7 +227,7 @@ def test_refining_never_costs_more_and_keeps_the_classes(seed: int) -> None:
 def test_classes_never_increase_with_theta_and_conflicts_are_kept_apart(seed: int) -> None:
     costs = TiedCosts(layers("inputs", 6, seed))
     pairs = costs.pair_costs()
-    counts = {"exact": [], "dsatur": []}
+    counts: dict[str, list[int]] = {"exact": [], "dsatur": []}
     limits = [0.0, *sorted(pairs.values()), math.inf]
     for limit in limits:
         for name, found in (

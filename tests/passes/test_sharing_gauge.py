@@ -1,12 +1,14 @@
 """Matching units of two layers, balancing scales, and aligning whole programs."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.passes.sharing_models import planted, program_of
+from tests.passes.sharing_models import planted, planted_program, program_of
 from torchlathe.ir import InputError, capture
 from torchlathe.passes.analysis.gauge import balanced_scales, match_units, unit_agreement
 from torchlathe.passes.analysis.sharing.alignment import align_layers
@@ -81,7 +83,7 @@ def test_scales_need_both_sides() -> None:
 
 @pytest.mark.parametrize("scale", [False, True], ids=["permuted", "scaled"])
 def test_aligned_copies_are_equal_and_the_program_computes_the_same(scale: bool) -> None:
-    program, x = program_of(planted(scale=scale))
+    program, x = planted_program(scale=scale)
     names = [layer.name for layer in find_candidates(program)]
     gauge = align_layers(program, names)
     before = program.run(x, dtype=torch.float64)
@@ -114,7 +116,7 @@ class Attention(nn.Module):
 
 
 def test_heads_are_aligned() -> None:
-    model = nn.Sequential(*(Attention() for _ in range(2))).eval()
+    model: Any = nn.Sequential(*(Attention() for _ in range(2))).eval()
     order = torch.tensor([2, 0, 3, 1])
     rows = (order[:, None] * 2 + torch.arange(2)).flatten()
     with torch.no_grad():

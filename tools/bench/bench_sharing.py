@@ -178,7 +178,6 @@ _CONTESTANTS: Final[tuple[tuple[str, Partition | None, str, bool], ...]] = (
     ("all layers", _ALL, "outputs", True),
     ("own basis per layer, one ratio", _OWN, "inputs", False),
     ("adjacent pairs, one ratio", _ADJACENT, "inputs", False),
-    ("all layers, one ratio", _ALL, "inputs", False),
 )
 
 

@@ -31,6 +31,9 @@ __all__ = ["CurvatureName", "weigh_layers"]
 
 # Of the second moments of inputs, relative to the mean of their diagonal.
 _DAMPING = 1e-6
+# How far G is drawn to the multiple of I with its trace. Few samples say little of its directions:
+# with 128 sentences, half way kept more of MiniLM's embeddings of others than 0, 0.1 or 1 did.
+_SHRINKAGE = 0.5
 
 CurvatureName = Literal["inputs", "outputs", "kfac", "fisher", "none"]
 
@@ -89,6 +92,9 @@ def _weighed(
         scale = float((weight @ inputs * weight).sum())
         inputs = inputs * (2 / scale if scale > 0 else 1.0)
         return WeighedLayer(weight, InputCurvature(inputs), BasisLayer(weight, inputs))
+    outputs = (1 - _SHRINKAGE) * outputs + _SHRINKAGE * outputs.diagonal().mean() * torch.eye(
+        len(outputs), dtype=outputs.dtype, device=outputs.device
+    )
     curvature: Curvature = KroneckerCurvature(((outputs, inputs),))
     return WeighedLayer(weight, curvature, BasisLayer(weight, inputs, outputs))
 
