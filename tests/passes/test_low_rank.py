@@ -1,6 +1,8 @@
 """low-rank-split on programs: what it splits, what it leaves, and that the graph stays right."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from torchlathe.passes.rewrite.factorising.choosing import (
     thinned,
 )
 from torchlathe.passes.rewrite.factorising.sites import Site
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Attention(nn.Module):
@@ -68,7 +72,7 @@ class Conv(nn.Module):
         return self.line(x.flatten(2))
 
 
-def decayed(model: nn.Module) -> nn.Module:
+def decayed(model: M) -> M:
     """With singular values that fall, as those of trained layers do."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,7 +91,7 @@ def batches(count: int = 4) -> list[torch.Tensor]:
     return [torch.randn(8, 10, 32) for _ in range(count)]
 
 
-def run(spec: str, program: Program, **data: object) -> Program:
+def run(spec: str, program: Program, **data: Any) -> Program:
     after = PassManager(spec).run(program, **data)
     verify(after, "full")
     return after
@@ -153,7 +157,7 @@ def test_the_error_that_is_told_is_that_of_the_outputs() -> None:
     wanted = model.query(rows).detach()
     gap = rows @ down.T @ up.T + bias - wanted
     # The bias takes up the mean, so the error is relative to the variance.
-    told = float(gap.square().sum() / (wanted - wanted.mean(0)).square().sum())
+    told = float(gap.detach().square().sum() / (wanted - wanted.mean(0)).square().sum())
     statistic = float(after.history[-1].statistics["mean_error"])
     assert statistic == pytest.approx(told, rel=1e-4)  # float32 factors
     assert gap.mean(0).abs().max() < 1e-5
@@ -470,7 +474,7 @@ def tiny_resnet() -> tuple[nn.Module, tuple[torch.Tensor]]:
     return model.eval(), (torch.randn(2, 3, 32, 32),)
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], int]] = {
     "bert": (tiny_bert, 12),
     "llama": (tiny_llama, 15),
     "gpt2": (tiny_gpt2, 9),

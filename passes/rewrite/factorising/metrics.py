@@ -170,7 +170,7 @@ def _usage(program: Program, ctx: PassContext, sites: list[Site]) -> dict[Site, 
     watched: dict[fx.Node, list[Site]] = {}
     for site in tables:
         for call in site.calls:
-            watched.setdefault(site.data(call), []).append(site)
+            watched.setdefault(site.operand(call), []).append(site)
 
     def observe(node: fx.Node, value: Any) -> None:
         for site in watched.get(node, ()):

@@ -85,7 +85,7 @@ class Site:
         found = [bias_of(call) for call in self.calls]
         return all(bias is not None and info(bias).tensor is not None for bias in found)
 
-    def data(self, call: fx.Node) -> fx.Node:
+    def operand(self, call: fx.Node) -> fx.Node:
         """What a call multiplies the parameter with (or looks up)."""
         place = 1 if call.target in (aten.addmm.default, aten.embedding.default) else 0
         node: Any = call.args[place]
@@ -224,7 +224,7 @@ def same_input(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     by_input: dict[fx.Node, list[Site]] = {}
     for site in sites:
         if site.kind == "linear" and len(site.calls) == 1:
-            by_input.setdefault(site.data(site.calls[0]), []).append(site)
+            by_input.setdefault(site.operand(site.calls[0]), []).append(site)
     return [
         tuple(group)
         for data, group in by_input.items()

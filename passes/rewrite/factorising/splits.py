@@ -297,17 +297,14 @@ def _random_basis(
     generator = torch.Generator().manual_seed(seed)
     width = min(rank + max(10, rank // 5), *matrix.shape)
     start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator)
+    # W A once, which the energy takes anyway; each further product is with few vectors.
+    read = matrix if moment is None else matrix @ moment
     basis = _orthonormal(matrix @ start.to(matrix.device))
-
-    def back(vectors: torch.Tensor) -> torch.Tensor:
-        read = matrix.T @ vectors
-        return read if moment is None else moment @ read
-
     for _ in range(_POWER_ITERATIONS):
-        basis = _orthonormal(matrix @ back(basis))
-    small = (matrix @ back(basis)).T @ basis
+        basis = _orthonormal(read @ (matrix.T @ basis))
+    small = (read.T @ basis).T @ (matrix.T @ basis)
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    energy = _energy(matrix, moment)
+    energy = float((read * matrix).sum())
     error = max(energy - float(values[-rank:].sum()), 0.0)
     return basis @ vectors[:, -rank:].flip(1), energy, error
 

@@ -108,7 +108,7 @@ def _call(
         down, up = factors
         rows = edit.call(aten.embedding.default, (up, *call.args[1:]), like=call, before=call)
         return edit.call(aten.matmul.default, (rows, down), like=call, before=call)
-    data = site.data(call)
+    data = site.operand(call)
     if site.kind == "convolution":
         return _convolution(edit, plan, call, data, bias, factors)
     down, up = factors

@@ -144,8 +144,8 @@ def _scale(edit: Edit, segment: Segment, gain: torch.Tensor, shift: torch.Tensor
 
 def _window(call: fx.Node) -> tuple[Any, ...]:
     """Stride, padding, dilation and groups of a convolution."""
-    spatial = call.meta["val"].dim() - 2
-    ones, zeros = [1] * max(spatial, 1), [0] * max(spatial, 1)
+    spatial = _node(call.args[1]).meta["val"].dim() - 2
+    ones, zeros = [1] * spatial, [0] * spatial
     return (
         argument(call, "stride", ones),
         argument(call, "padding", zeros),
