@@ -94,9 +94,10 @@ def unpack_qs4(words: Tensor, group: int) -> Tensor:
     """The inverse of `pack_qs4`, with the padding: (rows, columns) int16."""
     rows, columns = words.shape[0], words.shape[1] * 4
     quarter = quarter_of(columns, group)
-    spans = words.view(rows, columns // (4 * quarter), 1, quarter)
-    shifts = torch.tensor([0, 4, 8, 12], dtype=torch.int16, device=words.device)
-    return ((spans >> shifts[:, None]) & 15).reshape(rows, columns)
+    spans = words.view(rows, columns // (4 * quarter), quarter)
+    # Shifts are numbers: a tensor of them would be a copy to the device, which no graph captures.
+    parts = torch.stack([(spans >> shift) & 15 for shift in (0, 4, 8, 12)], 2)
+    return parts.reshape(rows, columns)
 
 
 def pack_hs8(values: Tensor) -> Tensor:
@@ -123,9 +124,9 @@ def pack_hs8(values: Tensor) -> Tensor:
 def unpack_hs8(words: Tensor) -> Tensor:
     """The inverse of `pack_hs8`, with the padding: (rows, columns) int16."""
     rows, columns = words.shape[0], words.shape[1] * 2
-    spans = words.view(rows, columns // SPAN, 1, _HALF)
-    shifts = torch.tensor([0, 8], dtype=torch.int16, device=words.device)
-    return ((spans >> shifts[:, None]) & 255).reshape(rows, columns) - 128
+    spans = words.view(rows, columns // SPAN, _HALF)
+    parts = torch.stack((spans & 255, (spans >> 8) & 255), 2)
+    return parts.reshape(rows, columns) - 128
 
 
 def half_of(columns: int) -> int:

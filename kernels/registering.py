@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["register"]
+from torchlathe.ir.errors import UnsupportedError
+
+__all__ = ["differentiate", "register"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -34,3 +37,47 @@ def register(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         return made
 
     return registered
+
+
+def differentiate(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor]) -> None:
+    """Give a linear op a backward for its activations, its bias and its residual.
+
+    The weights are quantised, and get none: this is for training what lies around them.
+
+    Args:
+        op: An op with arguments ``x``, ``bias``, ``residual`` and ``activation``.
+        weight_of: Gives the weights, (out, columns), from the op's arguments; the columns may be
+            padded.
+    """
+    names = [argument.name for argument in op._opoverload._schema.arguments]
+    places = {name: names.index(name) for name in ("x", "bias", "residual", "activation")}
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+        # What is saved must not hold x, which the backward does not need.
+        tensors[places["x"]] = None
+        ctx.save_for_backward(*tensors)
+        ctx.width = inputs[places["x"]].shape[-1]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = tuple(
+            other if tensor is None else tensor
+            for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+        )
+        if inputs[places["activation"]] != "none":
+            raise UnsupportedError(
+                f"no backward through the fused activation {inputs[places['activation']]!r}",
+                hint="train with activation='none' and the activation as an op of its own",
+            )
+        found: list[Tensor | None] = [None] * len(inputs)
+        needed = ctx.needs_input_grad
+        if needed[places["x"]]:
+            found[places["x"]] = grad @ weight_of(inputs)[:, : ctx.width].to(grad.dtype)
+        if needed[places["bias"]]:
+            found[places["bias"]] = grad.flatten(0, -2).sum(0)
+        if needed[places["residual"]]:
+            found[places["residual"]] = grad
+        return tuple(found)
+
+    op.register_autograd(backward, setup_context=setup)

@@ -89,6 +89,30 @@ def _case(
     )
 
 
+def _unpacking() -> Case:
+    pointers = {"words_ptr": "*i16", "scales_ptr": "*fp16", "zeros_ptr": "*u8", "out_ptr": "*fp16"}
+    integers = ("K", "stride_words", "stride_scales")
+    constants = {"BN": 32, "QUARTER": 64, "GROUP": 128, "HAS_ZEROS": False}
+
+    def kernel() -> Any:
+        from torchlathe.kernels.w4a16.triton import unpack_w4
+
+        return unpack_w4
+
+    return Case(
+        op="w4a16",
+        config="unpacking fp16 g128 BN32 warps4",
+        kernel=kernel,
+        signature=pointers | dict.fromkeys(integers, "i32"),
+        constants=lambda _: constants,
+        divisible=(*pointers, *integers),
+        step=(32 * 256, 0),
+        # The speed of memory allows 17 slots for a weight of half a byte that becomes two bytes.
+        limits=Limits(slots={"sm_90": 11.0}),
+        loops=False,
+    )
+
+
 def cases() -> Iterator[Case]:
     """Each tile of the shipped table, each group, each dtype, and zero points."""
     # 2.6 is the bar for up to 16 tokens. The speed of memory allows 3.56 with groups of 128,
@@ -112,3 +136,4 @@ def cases() -> Iterator[Case]:
     yield _case(64, 128, warps=8, limit=3.56, old=4.8)
     yield _case(8, 64, rank=64, limit=2.6)
     yield _case(16, 128, rank=64, limit=2.6)
+    yield _unpacking()

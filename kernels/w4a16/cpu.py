@@ -63,5 +63,5 @@ def linear_on_cpu(x: Tensor, weight: W4OnCpu, group: int, out_features: int) -> 
     """``x @ w.T`` for x (..., in) in the type of the scales, bf16 for speed: (..., out)."""
     rows = x.reshape(-1, x.shape[-1])
     packed, both = weight
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, both)
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, both)
     return product[:, :out_features].reshape(*x.shape[:-1], out_features)

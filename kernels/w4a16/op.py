@@ -23,7 +23,7 @@ from torchlathe.kernels.packing import (
     unpack_qs4,
     widened,
 )
-from torchlathe.kernels.registering import register
+from torchlathe.kernels.registering import differentiate, register
 from torchlathe.kernels.tuning.table import tile_for
 from torchlathe.kernels.tuning.tiles import Problem, Tile
 
@@ -143,6 +143,14 @@ def w4a16_linear(
         wrap=torch.library.wrap_triton,
     )
     return out.view(*x.shape[:-1], out_features)
+
+
+def _weight_of(inputs: tuple[Any, ...]) -> Tensor:
+    words, scales, zeros, out_features, group = (*inputs[1:4], *inputs[6:8])
+    return dequantised(words, scales, zeros, group)[:out_features]
+
+
+differentiate(w4a16_linear, _weight_of)
 
 
 @register("w4a16_low_rank_linear")

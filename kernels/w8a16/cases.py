@@ -65,6 +65,30 @@ def _case(
     )
 
 
+def _unpacking() -> Case:
+    pointers = {"words_ptr": "*i16", "scales_ptr": "*fp16", "out_ptr": "*fp16"}
+    integers = ("K", "stride_words", "stride_scales")
+    constants = {"BN": 32, "GROUP": 0}
+
+    def kernel() -> Any:
+        from torchlathe.kernels.w8a16.triton import unpack_w8
+
+        return unpack_w8
+
+    return Case(
+        op="w8a16",
+        config="unpacking fp16 gK BN32 warps4",
+        kernel=kernel,
+        signature=pointers | dict.fromkeys(integers, "i32"),
+        constants=lambda _: constants,
+        divisible=(*pointers, *integers),
+        step=(32 * 128, 0),
+        # The speed of memory allows 20 slots for a weight of one byte that becomes two.
+        limits=Limits(slots={"sm_90": 14.0}),
+        loops=False,
+    )
+
+
 def cases() -> Iterator[Case]:
     """Each tile of the shipped table, both types, with a scale per row and with groups."""
     yield _case(8, 64, limit=3.2)
@@ -76,3 +100,4 @@ def cases() -> Iterator[Case]:
     yield _case(16, 128, group=128, limit=3.2)
     yield _case(32, 128, limit=3.5)
     yield _case(64, 128, warps=8, limit=4.8)
+    yield _unpacking()

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torchlathe.ir.errors import OptionError
 from torchlathe.kernels.epilogue import activation_code, add_parts, finished, room_for
 from torchlathe.kernels.packing import SPAN, pack_hs8, pack_scales, unpack_hs8, widened
-from torchlathe.kernels.registering import register
+from torchlathe.kernels.registering import differentiate, register
 from torchlathe.kernels.tuning.table import tile_for
 from torchlathe.kernels.tuning.tiles import Problem, Tile
 
-__all__ = ["W8", "dequantised", "launch", "pack", "reference", "w8a16_linear"]
+__all__ = ["W8", "dequantised", "launch", "pack", "reference", "unpacked", "w8a16_linear"]
 
 
 class W8(NamedTuple):
@@ -98,8 +98,11 @@ def w8a16_linear(
         problem = Problem("w8a16", dtype, rows.shape[0], out_features, x.shape[-1], group)
         tile = tile_for(problem, x.device)
     if tile is None:
-        weight = dequantised(words, scales)[:out_features, : x.shape[-1]]
-        product = F.linear(x, weight.to(x.dtype)).to(torch.float32)
+        if x.device.type == "cpu":
+            weight = dequantised(words, scales).to(x.dtype)
+        else:
+            weight = unpacked(W8(words, scales), x.dtype)
+        product = F.linear(x, weight[:out_features, : x.shape[-1]]).to(torch.float32)
         return finished(product, bias, residual, activation).to(x.dtype)
     out = launch(
         rows,
@@ -112,6 +115,14 @@ def w8a16_linear(
         wrap=torch.library.wrap_triton,
     )
     return out.view(*x.shape[:-1], out_features)
+
+
+def _weight_of(inputs: tuple[Any, ...]) -> Tensor:
+    words, scales, out_features = (*inputs[1:3], inputs[5])
+    return dequantised(words, scales)[:out_features]
+
+
+differentiate(w8a16_linear, _weight_of)
 
 
 def launch(
@@ -166,4 +177,28 @@ def launch(
     )
     if not single:
         add_parts(parts, out, bias, residual, activation, wrap)
+    return out
+
+
+def unpacked(
+    weight: W8, dtype: torch.dtype, wrap: Callable[[Any], Any] = torch.library.wrap_triton
+) -> Tensor:
+    """The padded weights in a type of the activations, (rows, columns), by a kernel."""
+    from torchlathe.kernels.w8a16.triton import unpack_w8
+
+    words, scales = weight
+    rows, columns = words.shape[0], 2 * words.shape[1]
+    out = torch.empty((rows, columns), dtype=dtype, device=words.device)
+    block = 32
+    wrap(unpack_w8)[(rows // block, columns // SPAN)](
+        words,
+        scales,
+        out,
+        columns,
+        words.stride(0),
+        scales.stride(0),
+        BN=block,
+        GROUP=0 if scales.shape[0] == 1 else SPAN,
+        num_warps=4,
+    )
     return out

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from torchlathe.kernels.blocks.triton import finish
 
-__all__ = ["w8a16"]
+__all__ = ["unpack_w8", "w8a16"]
 
 
 @triton.jit
@@ -153,3 +153,30 @@ def w8a16(
         HAS_RESIDUAL,
         ACTIVATION,
     )
+
+
+@triton.jit
+def unpack_w8(
+    words_ptr,
+    scales_ptr,
+    out_ptr,
+    K,
+    stride_words,
+    stride_scales,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Give the dequantised weights, (rows, K). Grid: (rows/BN, spans)."""
+    HALF: tl.constexpr = 64
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    span = tl.program_id(1)
+    lanes = tl.arange(0, HALF)
+    at = rows[:, None].to(tl.int64) * stride_words + span * HALF + lanes[None, :]
+    words = tl.load(words_ptr + at)
+    group = 0 if GROUP == 0 else span
+    scale = tl.load(scales_ptr + group * stride_scales + rows).to(tl.float32)[:, None]
+    out_at = out_ptr + rows[:, None].to(tl.int64) * K + span * 2 * HALF + lanes[None, :]
+    low = bytes_of(words, False, tl.float32, False) * scale
+    tl.store(out_at, low.to(out_ptr.dtype.element_ty))
+    high = bytes_of(words, True, tl.float32, False) * scale
+    tl.store(out_at + HALF, high.to(out_ptr.dtype.element_ty))

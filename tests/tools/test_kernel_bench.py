@@ -141,11 +141,13 @@ def test_tuning_keeps_the_fastest_and_drops_what_fails(tmp_path, monkeypatch, ca
 
 def test_the_whole_check_on_a_cpu(tmp_path, capsys) -> None:
     table = TileTable("false", "3.6.0", tmp_path)
-    options = {"shapes": [(64, 128)], "tokens": [1]}
+    options = {"shapes": [(64, 128)], "tokens": [1], "scale": 32}
     result = gpu_check.check(CPU, FalseClock(), table, 132, seconds=120.0, **options)
     assert all(row["correct"] for row in result["correctness"])
     assert result["tuned"] == len(BUCKETS) * len(LAYERS)
     assert len(result["measurements"]) == len(LAYERS)
+    assert any("w4a16_experts" in line for line in result["verdict"])
+    assert any("copy bandwidth" in line for line in result["verdict"])
     assert not result["good"]  # nothing is faster than anything by this clock
     assert any("MISSED" in line for line in result["missed"])
     json.dumps(result)

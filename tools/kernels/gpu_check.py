@@ -15,11 +15,18 @@ from torchlathe.ir.errors import Error
 from torchlathe.ir.files import write_text
 from torchlathe.kernels.tuning.table import TileTable, forget
 from torchlathe.tools.bench.machine import machine
-from torchlathe.tools.kernels.benching import TOLERANCES, Measurement, bench, error_of
+from torchlathe.tools.kernels.benching import (
+    TOLERANCES,
+    Measurement,
+    bench,
+    error_of,
+    measure_ceilings,
+)
+from torchlathe.tools.kernels.extras import Extra, measure_extras
 from torchlathe.tools.kernels.layers import LAYERS, make_layer
 from torchlathe.tools.kernels.timing import Clock, GraphClock, require_gpu
 from torchlathe.tools.kernels.tuning import tune
-from torchlathe.tools.kernels.verdict import findings
+from torchlathe.tools.kernels.verdict import Finding, findings
 
 __all__ = ["check", "correctness", "main"]
 
@@ -55,13 +62,15 @@ def check(
         clock: Takes the time.
         table: Where tiles go.
         processors: Multiprocessors of the device.
-        **options: ``seconds`` of all (540), ``shapes`` and ``tokens`` as `bench` takes them.
+        **options: ``seconds`` of all (540), ``shapes`` and ``tokens`` as `bench` takes them, and
+            ``scale`` as `measure_extras` takes it.
 
     Returns:
         All results, for JSON, with ``verdict``: lines, and ``good``: whether all is right.
     """
     start = time.monotonic()
     seconds = float(options.pop("seconds", 540.0))
+    scale = int(options.pop("scale", 1))
     _say("correctness")
     edges = correctness(device)
     for row in edges:
@@ -83,8 +92,14 @@ def check(
     measured = list(
         bench(device, clock, deadline=start + 0.95 * seconds, progress=_show, **options)
     )
-    found = findings(measured)
+    extras: list[Extra] = []
+    if time.monotonic() < start + 0.95 * seconds:
+        ceilings = measure_ceilings(device, clock)
+        extras = list(measure_extras(device, clock, ceilings, scale=scale))
+    found: list[Finding | Extra] = [*findings(measured), *extras]
     verdict = [str(finding) for finding in found]
+    for extra in extras:
+        _say(f"  {extra}")
     good = all(row["correct"] for row in edges) and all(finding.holds for finding in found)
     return {
         "machine": machine(),

@@ -131,7 +131,11 @@ def _w8a16(m: int, n: int, k: int, device: torch.device, group: int | None) -> L
         inputs.append(torch.randn(m, k, device=device).half())
 
     def unpacked(i: int) -> Tensor:
-        return F.linear(inputs[i], w8a16.dequantised(*packs[i])[:n, :k].half())
+        if device.type == "cpu":
+            weight = w8a16.dequantised(*packs[i]).half()
+        else:
+            weight = w8a16.unpacked(packs[i], torch.float16, wrap=lambda kernel: kernel)
+        return F.linear(inputs[i], weight[:n, :k])
 
     return Layer(
         Problem("w8a16", "float16", m, n, k, group),

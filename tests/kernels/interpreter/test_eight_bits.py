@@ -75,3 +75,10 @@ def test_a_wrong_weight_is_noticed() -> None:
     found = w4a8.launch(x, x_scales, weight, Tile(8, 64), **options)
     weight.packed[3, 7] ^= 16
     assert relative(found, w4a8.reference(x, x_scales, *weight, **options)) > 1e-6
+
+
+@pytest.mark.parametrize("group", [0, 128])
+def test_unpacking(group: int) -> None:
+    weight = w8(100, 300, group, HALF)
+    found = w8a16.unpacked(weight, HALF, wrap=lambda kernel: kernel)
+    assert torch.equal(found, w8a16.dequantised(*weight).half())

@@ -1,0 +1,1 @@
+"""Linear layers of many experts with 4-bit weights, for tokens sorted by expert."""
