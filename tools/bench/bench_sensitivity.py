@@ -169,7 +169,7 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
                 "diagonal",
                 *(("ggn", "hessian") if number % every == 0 else ()),
             ):
-                found = s.predict(delta, method)  # type: ignore[arg-type]
+                found = s.predict(delta, method)
                 row[method], row[f"{method} second"] = found.total, found.second
             kinds.setdefault(kind, []).append(row)
     kinds["all"] = [row for rows in kinds.values() for row in rows]

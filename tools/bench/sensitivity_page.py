@@ -35,11 +35,17 @@ the median size of the measured change.
 VERDICT = """\
 Numbers below 0.9 are in italics. The default, `kfac`, is below it for: {rows}.
 
-Where `hessian` is below 0.9 too, the change is not small: what is missing is of third order and
-above, and a tenth of the same change (*shrink*) shows it. Where `ggn` is above and `kfac` is not,
-the missing part is the covariance between the tensors of a unit, or between layers, which both of
-the cheap methods leave out: a convolution and the norm behind it move the same output. Ask
+{third}Where `ggn` is at 0.9 or above and `kfac` is not, second order is enough and its stand-in
+is not: `kfac` and `diagonal` leave out the covariance between the tensors of a unit (a convolution
+and the norm behind it move the same output), and, for changes of one tensor, what a Kronecker
+product or a diagonal cannot hold; which of the two it is, was not measured apart. For units, ask
 `unit_costs(family, method="drawn")` where that matters.
+"""
+
+THIRD = """\
+Where `hessian` is below 0.9 too, the change is not small: what is missing is of third order and
+above.
+
 """
 
 COST = """\
@@ -47,8 +53,9 @@ COST = """\
 
 A BERT-base classifier ({parameters} parameters, random weights), {count} batches of {batch}
 sentences of {tokens} tokens, and as many training steps of AdamW of the model itself, without
-dropout. `{options}`. Processor seconds, medians, for other programs ran on the machine; peak memory
-is of a process that does this alone, on one batch with a probe.
+dropout. The options were `{options}`.
+Processor seconds, medians, for other programs ran on the machine; peak memory is of a process that
+does this alone, on one batch with a probe.
 
 | | seconds per batch | to a training step | peak memory |
 | --- | --- | --- | --- |
@@ -100,7 +107,8 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     low = [f"{row['net']}, {row['kind']} ({row['kfac']:.3f})" for row in rows if row["kfac"] < 0.9]
     if not low:
         return "`kfac` is at 0.9 or above in every row.\n"
-    return VERDICT.format(rows="; ".join(low))
+    third = THIRD if any((row["hessian"] or 1.0) < 0.9 for row in rows) else ""
+    return VERDICT.format(rows="; ".join(low), third=third)
 
 
 def _cost(cost: dict[str, Any]) -> str:
