@@ -70,6 +70,24 @@ def test_layers_of_models_are_found(name: str) -> None:
         assert layer.logits.meta["val"].shape[-1] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "jamba"],
+)
+def test_layers_of_models_that_are_not_in_the_table_are_found(name: str) -> None:
+    from torchlathe.tools.bench.coverage.models_text import TEXT
+
+    entry = next(e for e in TEXT if e.name == f"transformers/{name}")
+    args, kwargs = entry.example()
+    program = capture(entry.build(), args, kwargs, dynamic_shapes=entry.dynamic_shapes)
+    layers = layers_of(program)
+    assert layers
+    assert all(bool(layer.hidden) == (name != "gpt_oss") for layer in layers)
+    merged = run(program, "merge-experts{experts=0.5,balance=true}")
+    assert merged.history[0].changed
+
+
 def test_biases_of_experts_and_of_the_router_belong_to_the_layer() -> None:
     program = capture(TopK(), (torch.randn(7, 6),), dynamic_shapes="auto")
     (layer,) = layers_of(program)

@@ -38,6 +38,7 @@ def test_the_order_counts_cells_and_not_draws() -> None:
     assert "| merge (default) | grouped at random | 1 of 2," in table
 
 
+@pytest.mark.slow
 def test_planted_copies_compute_the_same_and_can_be_told() -> None:
     language = models.planted_skills(0, 2, None)
     batch = language.calibration[0]
