@@ -36,8 +36,8 @@ Columns are the share of the parameters of the 36 linear layers that is kept (em
 TIMES = """
 ### Time of one split
 
-CPU seconds, and the ratio to one `torch.linalg.svd` of the same float32 matrix, in turn. *Half* keeps
-half of the parameters; *low rank* is a sixteenth of the full rank, by the randomised method.
+CPU seconds, and the ratio to one `torch.linalg.svd` of the same float32 matrix, in turn. *Half*
+keeps half of the parameters; *low rank* is a sixteenth of the full rank, by the randomised method.
 """
 
 SPEEDS = """
