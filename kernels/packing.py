@@ -94,10 +94,8 @@ def unpack_qs4(words: Tensor, group: int) -> Tensor:
     """The inverse of `pack_qs4`, with the padding: (rows, columns) int16."""
     rows, columns = words.shape[0], words.shape[1] * 4
     quarter = quarter_of(columns, group)
-    spans = words.view(rows, columns // (4 * quarter), quarter)
-    # Shifts are numbers: a tensor of them would be a copy to the device, which no graph captures.
-    parts = torch.stack([(spans >> shift) & 15 for shift in (0, 4, 8, 12)], 2)
-    return parts.reshape(rows, columns)
+    spans = words.view(rows, columns // (4 * quarter), 1, quarter)
+    return ((spans >> _shifts(4, words)) & 15).reshape(rows, columns)
 
 
 def pack_hs8(values: Tensor) -> Tensor:
@@ -124,9 +122,8 @@ def pack_hs8(values: Tensor) -> Tensor:
 def unpack_hs8(words: Tensor) -> Tensor:
     """The inverse of `pack_hs8`, with the padding: (rows, columns) int16."""
     rows, columns = words.shape[0], words.shape[1] * 2
-    spans = words.view(rows, columns // SPAN, _HALF)
-    parts = torch.stack((spans & 255, (spans >> 8) & 255), 2)
-    return parts.reshape(rows, columns) - 128
+    spans = words.view(rows, columns // SPAN, 1, _HALF)
+    return ((spans >> _shifts(8, words)) & 255).reshape(rows, columns) - 128
 
 
 def half_of(columns: int) -> int:
@@ -200,6 +197,12 @@ def widened(x: Tensor, columns: int) -> Tensor:
         bits = x.view(torch.int8) if x.element_size() == 1 else x
         x = F.pad(bits, (0, columns - x.shape[1])).view(x.dtype)
     return x.contiguous()
+
+
+def _shifts(bits: int, words: Tensor) -> Tensor:
+    # Made on the device: a copy to it is something that no CUDA graph captures. And not one by one
+    # and stacked: AOTInductor (torch 2.13, CPU) makes NaN of that where bf16 products follow.
+    return torch.arange(0, 16, bits, dtype=torch.int16, device=words.device)[:, None]
 
 
 def _pad(values: Tensor) -> Tensor:
