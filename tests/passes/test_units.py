@@ -38,7 +38,10 @@ def terms(draw: st.DrawFn, depth: int = 2) -> Term:
 def _flat(term: Term, kind: type) -> tuple[Term, ...]:
     if not isinstance(term, kind):
         return (term,)
-    return term.factors if isinstance(term, Product) else term.pieces
+    if isinstance(term, Product):
+        return term.factors
+    assert isinstance(term, Concat)
+    return term.pieces
 
 
 @settings(max_examples=200, deadline=None)

@@ -27,7 +27,7 @@ default only families whose erasing is exact are erased, so that every row is de
 - torch.export captured {captured} of {models}; of these, **{ok} ({share:.1%}) were erased, ran at
   both batch sizes, agreed and shrank** as far as their pins allow; {by_35_percent} lost 35 % of all
   their parameters or more. {differs} differed.
-- Torch-Pruning 1.6 (`MagnitudePruner`, ratio 0.5, in the same run; layers that make the outputs
+- Torch-Pruning 1.6 (`MagnitudePruner`, ratio 0.5, on the same machine; layers that make the outputs
   are left alone, heads are told to it and its usual patches applied; a second try without these
   hints where the first fails): **{peer_ok} of {peer}** ({peer_share:.1%}) were pruned, ran, kept
   the shape of their outputs and shrank. {outcomes}
