@@ -113,6 +113,11 @@ def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, name, module)
+    # Files of another page or test may have been imported under the names that this one uses.
+    for found, loaded in list(sys.modules.items()):
+        file = getattr(loaded, "__file__", None) or ""
+        if file.startswith(str(tmp_path.parent)):
+            monkeypatch.delitem(sys.modules, found)
     run_page(path, module)
 
 

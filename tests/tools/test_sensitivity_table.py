@@ -76,6 +76,7 @@ def test_the_picture_is_the_same_each_time(
 
 def test_inspect(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     Path("net.py").write_text(NET)
     data = ["--calibration", "net.py:batches", "--loss", "cross-entropy"]
     command = ["inspect", "net.py:make", "--sensitivity", "samples=4,draws=2", *data]
