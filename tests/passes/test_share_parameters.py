@@ -208,6 +208,27 @@ def test_erasing_respects_what_is_shared() -> None:
     assert smaller.history[-1].verification["passed"]
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        # Roles come in several shapes once a global erase went over them.
+        "structured-erase{sparsity=0.3},share-parameters{classes=2}",
+        "share-parameters{classes=2},low-rank-split{share=0.5},structured-erase{sparsity=0.2}",
+        "share-parameters{mode=basis,params=0.9},structured-erase{sparsity=0.2}",
+        "share-parameters{mode=base,classes=2,rank=2},structured-erase{sparsity=0.2}",
+    ],
+)
+def test_sharing_goes_with_the_other_passes(spec: str) -> None:
+    program, x = planted_program(noise=0.05)
+    result = PassManager(spec).run(program, calibration=[x])
+    before, after = (sum(t.numel() for t in p.parameters.values()) for p in (program, result))
+    assert after < before
+    assert result.run(x).shape == program.run(x).shape
+    # Nothing is stored twice: what was tied is one tensor still, and so are its factors.
+    tensors = [id(t) for t in result.parameters.values()]
+    assert len(set(tensors)) == len(tensors)
+
+
 # --- bases, and a base with corrections ---------------------------------------------------------
 
 

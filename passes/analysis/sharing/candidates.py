@@ -171,9 +171,17 @@ def layer_types(
         elif across == "inputs":
             key = (layer.kind, layer.features)
         found.setdefault(key, []).append(layer)
+    names = [_type_name(layers, across) for layers in found.values()]
+    # After structured-erase one role comes in several shapes, and each is a type of its own.
+    names = [
+        f"{name} {' x '.join(map(str, layers[0].shape))}" if names.count(name) > 1 else name
+        for name, layers in zip(names, found.values(), strict=True)
+    ]
+    if len(set(names)) < len(names):  # nor may two ops of one shape be taken for each other
+        names = [f"{name} ({number})" for number, name in enumerate(names)]
     return tuple(
-        LayerType(_type_name(layers, across), tuple((layer,) for layer in layers))
-        for layers in found.values()
+        LayerType(name, tuple((layer,) for layer in layers))
+        for name, layers in zip(names, found.values(), strict=True)
     )
 
 
