@@ -146,6 +146,9 @@ def make(plan: Plan, program: Program, metrics: Metrics, damping: float, seed: i
     shift = metrics.shift([site], 0, matrices, [(part.up, part.down) for part in found])
     down = torch.cat([part.down for part in found])
     up = torch.cat([part.up for part in found])
+    if site.kind == "experts":
+        down = down.reshape(site.groups, -1, site.ins)
+        up = up.reshape(site.groups, site.outs, -1)
     if site.kind == "convolution":
         ones = [1] * len(site.kernel)
         down = down.reshape(down.shape[0], site.shape[1], *site.kernel)

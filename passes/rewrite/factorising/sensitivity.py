@@ -84,8 +84,7 @@ def _replaced(
     first = down.reshape(site.groups, -1, site.ins)
     last = up.reshape(site.groups, site.outs, -1)
     product = last @ first
-    weight = product[0].T if site.transposed else product.reshape(site.shape)
-    changed = {site.weight: weight}
+    changed = {site.weight: site.weight_from(product)}
     if shift is not None:
         for call in site.calls:
             bias = bias_of(call)

@@ -16,7 +16,7 @@ from torchlathe.ir.provenance import info
 
 __all__ = ["Kind", "Site", "bias_of", "chosen_sites", "find_sites", "same_input"]
 
-Kind = Literal["linear", "embedding", "convolution"]
+Kind = Literal["linear", "embedding", "convolution", "experts"]
 
 aten = torch.ops.aten
 CONVOLUTIONS = (
@@ -27,6 +27,8 @@ CONVOLUTIONS = (
     aten.conv3d.default,
     aten.conv3d.padding,
 )
+# Products of segments of rows with one matrix of many each; the name that export gives them.
+_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 _TRANSPOSED = (aten.mm.default, aten.matmul.default, aten.addmm.default)
 
 
@@ -36,11 +38,12 @@ class Site:
 
     Attributes:
         weight: Name of the parameter.
-        kind: What reads it; ``"embedding"`` also where linear layers read the same parameter.
+        kind: What reads it; ``"embedding"`` also where linear layers read the same parameter;
+            ``"experts"`` are the matrices of a mixture of experts, one behind the other.
         calls: The calls.
         shape: Of the parameter.
-        groups: Of a convolution; else 1.
-        transposed: Whether the calls multiply with it from the right, (ins, outs).
+        groups: Of a convolution, or the number of experts; else 1.
+        transposed: Whether a matrix is (ins, outs).
     """
 
     weight: str
@@ -53,6 +56,8 @@ class Site:
     @property
     def outs(self) -> int:
         """Rows of the matrix of one group."""
+        if self.kind == "experts":
+            return self.shape[2] if self.transposed else self.shape[1]
         return self.shape[1] if self.transposed else self.shape[0] // self.groups
 
     @property
@@ -76,8 +81,14 @@ class Site:
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """The parameter as (groups, outs, ins)."""
         if self.transposed:
-            return weight.T[None]
+            return weight.transpose(1, 2) if self.kind == "experts" else weight.T[None]
         return weight.reshape(self.groups, self.outs, self.ins)
+
+    def weight_from(self, matrices: torch.Tensor) -> torch.Tensor:
+        """The inverse of `matrices`."""
+        if self.transposed:
+            return matrices.transpose(1, 2) if self.kind == "experts" else matrices[0].T
+        return matrices.reshape(self.shape)
 
     @property
     def biased(self) -> bool:
@@ -128,13 +139,16 @@ def _site(program: Program, name: str, users: Sequence[fx.Node], node: fx.Node) 
     if name in program.frozen:
         return "a constant was computed from it before"
     calls = tuple(users)
+    shape = tuple(int(extent) for extent in tensor.shape)
+    if len(shape) == 3 and (experts := _expert_calls(node)) is not None:
+        calls, transposed = experts
+        return Site(name, "experts", calls, shape, shape[0], transposed)
     kinds = {_kind(call, node) for call in calls}
     if not kinds <= {"linear", "transposed", "embedding", "convolution"}:
         other = next(call for call in calls if _kind(call, node) not in ("linear", "embedding"))
         return f"%{other.name} ({other.target}) reads it in another way than as a matrix"
     if len(kinds) > 1 and kinds != {"linear", "embedding"}:
         return f"it is read in different ways: {', '.join(sorted(kinds))}"
-    shape = tuple(int(extent) for extent in tensor.shape)
     if kinds == {"convolution"}:
         groups = {int(argument(call, "groups", 1)) for call in calls}
         if len(groups) > 1:
@@ -145,6 +159,31 @@ def _site(program: Program, name: str, users: Sequence[fx.Node], node: fx.Node) 
     if "embedding" in kinds:
         return Site(name, "embedding", calls, shape)
     return Site(name, "linear", calls, shape, transposed="transposed" in kinds)
+
+
+def _expert_calls(weight: fx.Node) -> tuple[tuple[fx.Node, ...], bool] | None:
+    """The grouped products with a parameter of three axes, if nothing else reads it.
+
+    Returns:
+        The calls, and whether the parameter is (experts, ins, outs); else it is (experts, outs,
+        ins), and the calls see it through a transpose.
+    """
+    users = list(weight.users)
+    if users and all(_is_grouped(user, weight) for user in users):
+        return tuple(users), True
+    found = []
+    for view in users:
+        flips = view.target is aten.transpose.int and set(view.args[1:]) in ({-2, -1}, {1, 2})
+        if not flips or not all(_is_grouped(call, view) for call in view.users):
+            return None
+        found += list(view.users)
+    return (tuple(found), False) if found else None
+
+
+def _is_grouped(call: fx.Node, weight: fx.Node) -> bool:
+    schema = getattr(call.target, "_schema", None)
+    plain = getattr(schema, "name", "") in _GROUPED and call.all_input_nodes.count(weight) == 1
+    return plain and len(call.args) >= 2 and call.args[1] is weight and bias_of(call) is None
 
 
 def _kind(call: fx.Node, weight: fx.Node) -> str:

@@ -111,11 +111,23 @@ def _call(
     data = site.operand(call)
     if site.kind == "convolution":
         return _convolution(edit, plan, call, data, bias, factors)
+    if site.kind == "experts":
+        return _grouped(edit, call, data, factors)
     down, up = factors
     if data not in first:
         first[data] = edit.call(aten.linear.default, (data, down), like=call, before=call)
     given = () if bias is None else (bias,)
     return edit.call(aten.linear.default, (first[data], up, *given), like=call, before=call)
+
+
+def _grouped(edit: Edit, call: fx.Node, data: fx.Node, factors: Sequence[fx.Node]) -> fx.Node:
+    """Two grouped products with the segments of the one; factors are (experts, outs, ins)."""
+    assert callable(call.target)
+    for factor in factors:
+        matrix = edit.call(aten.transpose.int, (factor, -2, -1), like=call, before=call)
+        rest = tuple(call.args[2:])
+        data = edit.call(call.target, (data, matrix, *rest), call.kwargs, like=call, before=call)
+    return data
 
 
 def _convolution(
