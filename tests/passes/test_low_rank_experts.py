@@ -15,12 +15,12 @@ from torchlathe.passes.rewrite.factorising.sites import find_sites
 RANK = 3
 
 
-def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+def batches(count: int = 2) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(0, 32, (2, 6), generator=generator)} for _ in range(count)]
 
 
-def captured(make: Any) -> tuple[tl.Program, list[dict[str, torch.Tensor]], Any]:
+def captured(make: Any) -> tuple[tl.Program, list[dict[str, Any]], Any]:
     model, data = make(), batches()
     return tl.capture(model, (), data[0]), data, model
 
