@@ -66,15 +66,14 @@ class MatrixStore:
     def _map(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         handle, name = tempfile.mkstemp(prefix="torchlathe-", suffix=".spill", dir=self.folder)
         try:
-            # A hole in the file would be a crash at the first write to a full disk.
-            if hasattr(os, "posix_fallocate") and size:
-                os.posix_fallocate(handle, 0, size)
-            else:
-                os.truncate(handle, size)
-            os.close(handle)
+            with os.fdopen(handle, "wb"):
+                # A hole in the file would be a crash at the first write to a full disk.
+                if hasattr(os, "posix_fallocate") and size:
+                    os.posix_fallocate(handle, 0, size)
+                else:
+                    os.truncate(handle, size)
             return torch.from_file(name, shared=True, size=size // dtype.itemsize, dtype=dtype)
         except OSError as error:
-            os.close(handle)
             raise InputError(
                 f"a matrix of {size / 2**20:.0f} MiB cannot be spilled: {error.strerror}",
                 where=str(Path(name).parent),
