@@ -27,6 +27,7 @@ from torchlathe.passes.rewrite.experts.merging import (
 )
 from torchlathe.passes.rewrite.experts.relabelling import relabel
 from torchlathe.passes.rewrite.experts.reporting import (
+    EXPERTS_HELP,
     check_count,
     class_text,
     routing_numbers,
@@ -52,13 +53,7 @@ class MergeExperts(RewritePass):
     requires: ClassVar = (ExpertLayers,)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
-    experts: float = field(
-        default=0.5,
-        metadata={
-            "help": "experts to keep: a share of all if below 1, else the number per layer on "
-            "average"
-        },
-    )
+    experts: float = field(default=0.5, metadata={"help": EXPERTS_HELP})
     allocation: Literal["global", "uniform"] = field(
         default="global",
         metadata={

@@ -12,7 +12,7 @@ from torchlathe.passes.analysis.experts import ExpertLayer, ExpertLayers
 from torchlathe.passes.analysis.routing import RoutingStatistics, collect_routing
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.experts.grouping import budgets, kept_experts, total_experts
-from torchlathe.passes.rewrite.experts.reporting import check_count, routing_numbers
+from torchlathe.passes.rewrite.experts.reporting import EXPERTS_HELP, check_count, routing_numbers
 from torchlathe.passes.rewrite.experts.routers import leave_out
 from torchlathe.passes.statistics.running import need_data
 
@@ -34,13 +34,7 @@ class PruneExperts(RewritePass):
     requires: ClassVar = (ExpertLayers,)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
-    experts: float = field(
-        default=0.5,
-        metadata={
-            "help": "experts to keep: a share of all if below 1, else the number per layer on "
-            "average"
-        },
-    )
+    experts: float = field(default=0.5, metadata={"help": EXPERTS_HELP})
     by: Literal["usage", "outputs", "reap"] = field(
         default="usage",
         metadata={

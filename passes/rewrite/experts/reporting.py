@@ -10,7 +10,11 @@ from torchlathe.ir import OptionError
 from torchlathe.passes.analysis.experts import ExpertLayer
 from torchlathe.passes.analysis.routing import RoutingStatistics
 
-__all__ = ["check_count", "class_text", "routing_numbers"]
+__all__ = ["EXPERTS_HELP", "check_count", "class_text", "routing_numbers"]
+
+
+# What both passes say of their option ``experts``, which `check_count` checks.
+EXPERTS_HELP = "experts to keep: a share of all if below 1, else the number per layer on average"
 
 
 def check_count(experts: float, who: str) -> None:
