@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchlathe.tools.bench.character_model import corpus
+
 __all__ = ["Language", "planted_skills", "text_language"]
 
 CONTEXT: Final = 128
@@ -62,20 +64,9 @@ def _losses(logits: torch.Tensor, tokens: torch.Tensor, counted: torch.Tensor) -
 # -- English text ----------------------------------------------------------------------------------
 
 
-def _text() -> tuple[torch.Tensor, int]:
-    """Python's own documentation as numbers of characters, and how many there are."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    common = sorted(set(text), key=lambda c: (-text.count(c), c))[:95]
-    number = {character: i + 1 for i, character in enumerate(common)}
-    return torch.tensor([number.get(c, 0) for c in text]), len(common) + 1
-
-
 def text_language(seed: int, steps: int, cache: Path | None) -> Language:
     """A model of the characters of English text; the last tenth of the text is for testing."""
-    data, vocabulary = _text()
-    cut = len(data) * 9 // 10
+    seen, unseen, vocabulary = corpus()
     generator = torch.Generator().manual_seed(seed)
 
     def batches(source: torch.Tensor, size: int, count: int) -> Iterator[torch.Tensor]:
@@ -85,10 +76,10 @@ def text_language(seed: int, steps: int, cache: Path | None) -> Language:
 
     counted = torch.ones(CONTEXT - 1, dtype=torch.bool)
     model = _mixtral(seed, vocabulary, hidden=64, inner=128, layers=2)
-    _train(model, batches(data[:cut], 16, steps), steps, counted, _file(cache, "text", seed, steps))
+    _train(model, batches(seen, 16, steps), steps, counted, _file(cache, "text", seed, steps))
     generator.manual_seed(1000 + seed)
-    calibration = [{"input_ids": x} for x in batches(data[:cut], 16, 16)]
-    test = [{"input_ids": x} for x in batches(data[cut:], 16, 24)]
+    calibration = [{"input_ids": x} for x in batches(seen, 16, 16)]
+    test = [{"input_ids": x} for x in batches(unseen, 16, 24)]
     return Language(model.eval(), calibration, test, counted)
 
 
