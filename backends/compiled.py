@@ -189,7 +189,7 @@ class CompiledModel(torch.nn.Module):
     def zeroed_reference(self, model: torch.nn.Module) -> torch.nn.Module:
         """The full-size twin: a copy of the original with only the erased writes at zero.
 
-        An exact erase equals it for every input.
+        An exact erase equals it for every input. It is in eval mode, as what was captured is.
 
         Args:
             model: The module that was compiled. It is left as it is.
@@ -219,7 +219,7 @@ class CompiledModel(torch.nn.Module):
             for name, axes in zeroed.items():
                 for axis, indices in axes.items():
                     tensors[name].index_fill_(axis, indices.to(tensors[name].device), 0)
-        return twin
+        return twin.eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to one file; `torchlathe.load` reads it.
