@@ -25,7 +25,7 @@ from torchlathe.ir.provenance import describe, info
 if TYPE_CHECKING:
     from torchlathe.ir.program import Program
 
-__all__ = ["Equivalence", "cannot_run", "check_equivalence"]
+__all__ = ["Equivalence", "cannot_run", "check_equivalence", "computed_in", "difference"]
 
 log = logging.getLogger("torchlathe")
 
@@ -54,7 +54,8 @@ _STORED_IN = {
 _SAMPLES = 2
 
 
-def _computed_in(dtype: torch.dtype) -> float:
+def computed_in(dtype: torch.dtype) -> float:
+    """Largest relative difference that rounding explains when all is computed in this dtype."""
     return _COMPUTED_IN.get(dtype, 0.5)
 
 
@@ -225,7 +226,7 @@ class _Run:
         if len(want) != len(got):
             detail = f"{len(got)} outputs instead of {len(want)}"
         for index, (a, b) in enumerate(zip(want, got, strict=False)):
-            absolute, relative, problem = _difference(a, b)
+            absolute, relative, problem = difference(a, b)
             worst_abs, worst_rel = max(worst_abs, absolute), max(worst_rel, relative)
             if problem is None and relative > tolerance:
                 problem = f"differs by {relative:.3g} of its largest value"
@@ -241,8 +242,8 @@ class _Run:
         A cast that the graph fixes, to complex64 for instance, is narrower than what was asked for.
         """
         found = self.seen or {torch.float64}
-        narrowest = max(found, key=_computed_in)
-        tolerance = _computed_in(narrowest)
+        narrowest = max(found, key=computed_in)
+        tolerance = computed_in(narrowest)
         if self.dtype is not None:
             stored = (_STORED_IN.get(d, 5e-2) for d in _new_values(self.before, self.after))
             tolerance = max([tolerance, *stored])
@@ -291,8 +292,11 @@ def _sketch(value: Any) -> tuple[Any, ...]:
     return tuple(value.shape), float(flat.norm()), float(flat @ probe)
 
 
-def _difference(want: Any, got: Any) -> tuple[float, float, str | None]:
-    """Largest absolute and relative difference, and what else is wrong."""
+def difference(want: Any, got: Any) -> tuple[float, float, str | None]:
+    """Largest absolute difference of two outputs, relative to the largest value, and what is wrong.
+
+    The last is None unless they differ in what is no number: shape, dtype, or integers.
+    """
     if not (isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor)):
         same = type(want) is type(got) and bool(want == got)
         return 0.0, 0.0, None if same else f"is {got!r} instead of {want!r}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic", "write_text"]
+__all__ = ["atomic", "copy_file", "write_text"]
 
 
 @contextmanager
@@ -42,3 +43,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with atomic(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Copy a file atomically.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    with atomic(path) as draft:
+        shutil.copyfile(source, draft)
