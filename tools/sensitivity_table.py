@@ -61,7 +61,10 @@ def sensitivity_rows(sensitivity: Sensitivity) -> tuple[SensitivityRow, ...]:
         trace = sensitivity.trace(*names)
         found = sensitivity.extremes.get(layer.weight)
         top = found[0] if found else sum(x.top for x in sensitivity.layers_of(layer.weight))
-        cost = sensitivity.predict({layer.weight: quantise_delta(values[layer.weight], _BITS)})
+        # A table is not worth a run over the data per layer, and for rounding factors are enough.
+        method = "kfac" if sensitivity.method == "auto" else sensitivity.method
+        delta = {layer.weight: quantise_delta(values[layer.weight], _BITS)}
+        cost = sensitivity.predict(delta, method)
         rows[layer.weight] = SensitivityRow(
             layer.weight,
             sum(values[name].numel() for name in names),

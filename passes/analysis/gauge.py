@@ -18,7 +18,9 @@ import torch
 
 from torchlathe.ir import InputError
 
-__all__ = ["balanced_scales", "match_units", "unit_agreement"]
+__all__ = ["balanced_scales", "match_units", "merging_costs", "unit_agreement"]
+
+Tensors = Sequence[torch.Tensor]
 
 
 def unit_agreement(
@@ -45,17 +47,65 @@ def unit_agreement(
     return total
 
 
-def match_units(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
+def merging_costs(
+    reference: Tensors, other: Tensors, curvatures: tuple[Tensors, Tensors]
+) -> torch.Tensor:
+    """What it costs to give each unit of one list and each of another the same parameters.
+
+    With a curvature per element, h, giving two elements their best common value costs
+    ``h h' / (h + h') (w - w')^2 / 2``. The curvature of a tensor is taken to be that of its unit
+    times that of its place in the unit (``u_i o_e``, from the means of h), so that all pairs of
+    units come from one matrix product: half of ``u u' / (u + u') sum_e o_e (w_e - w'_e)^2``.
+
+    Args:
+        reference: Tensors with the units on axis 0.
+        other: As many tensors, of the same shapes.
+        curvatures: Of both, not negative, in these shapes.
+
+    Returns:
+        Shape (units of the reference, units of the other) float64.
+
+    Raises:
+        InputError: The lists are empty, or shapes differ.
+
+    Source: own; exact where the curvature is such a product, as the diagonal of ``G (x) A`` is.
+    """
+    _check(reference, other)
+    for lists in curvatures:
+        _check(reference, lists)
+    total = torch.zeros((), dtype=torch.float64)
+    for mine, theirs, ours, their_own in zip(reference, other, *curvatures, strict=True):
+        a, b, h, k = (
+            t.detach().double().reshape(t.shape[0], -1) for t in (mine, theirs, ours, their_own)
+        )
+        b, k = b.to(a.device), k.to(a.device)
+        places = (h.mean(0) + k.mean(0)) / 2
+        scale = float(places.sum())
+        if not scale:
+            total = total + a.new_zeros(len(a), len(b))
+            continue
+        u, v = h.sum(1)[:, None] / scale, k.sum(1)[None, :] / scale
+        both = u * v / (u + v).clamp_min(torch.finfo(torch.float64).tiny)
+        squares = (a.square() @ places)[:, None] + (b.square() @ places)[None, :]
+        apart = (squares - 2 * (a * places) @ b.T).clamp_min(0)
+        total = total.to(a.device) + both * apart / 2
+    return total
+
+
+def match_units(
+    reference: Tensors, other: Tensors, curvatures: tuple[Tensors, Tensors] | None = None
+) -> torch.Tensor:
     """The order of one layer's units in which they agree best with another layer's.
 
     Exact: among all permutations p the one with the largest sum of inner products of
-    ``reference[i]`` and ``other[i][p]``, which is also the one with the least squared distance.
+    ``reference[i]`` and ``other[i][p]``, which is also the one with the least squared distance; or
+    the one with the least sum of `merging_costs`.
 
     Args:
         reference: Tensors with the units on axis 0: rows of what writes the units, columns
             (transposed) of what reads them, biases.
-        other: The same of the other layer, in the same order and of the same shapes. To weigh by
-            a curvature, multiply both by its root first.
+        other: The same of the other layer, in the same order and of the same shapes.
+        curvatures: Of both, if distances are to be weighed.
 
     Returns:
         p, shape (units,) int64 on the CPU, such that ``other[i][p]`` matches ``reference[i]``.
@@ -65,7 +115,10 @@ def match_units(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
     """
     from scipy.optimize import linear_sum_assignment
 
-    gains = unit_agreement(reference, other)
+    if curvatures is None:
+        gains = unit_agreement(reference, other)
+    else:
+        gains = -merging_costs(reference, other, curvatures)
     if not bool(gains.isfinite().all()):
         raise InputError(
             "units cannot be matched: their inner products are not finite",

@@ -8,19 +8,19 @@ code (``mcsmoe/merging``); the saliency of REAP (arXiv 2510.13999), a reconstruc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from torchlathe.ir import Program
-from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.analysis.constants import op_name
 from torchlathe.passes.analysis.experts import ExpertLayer, ExpertRead
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.statistics.running import flat_batches
+from torchlathe.passes.statistics import Accumulator, Counts, Moments, Watch, collect
 
 __all__ = ["RoutingStatistics", "collect_routing"]
 
@@ -30,37 +30,27 @@ _LOOKED_THROUGH = frozenset(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RoutingStatistics:
     """What the router of one layer does on the calibration data.
 
     Attributes:
         counts: How often each expert was picked; shape (experts,) float64.
-        rows: Number of rows that were routed (tokens).
         picks: How often each router output was picked; shape (choices,) float64.
         moments: Sum over rows of products of the router's logits; shape (choices, choices)
             float64.
+        slots: Which expert each router output leads to; shape (choices,) int64.
+        rows: Number of rows that were routed (tokens).
         outputs: Sum over the rows of each expert of the norm of its gated output; shape
             (experts,) float64. None where the graph does not show it.
-        slots: Which expert each router output leads to; shape (choices,) int64.
     """
 
     counts: torch.Tensor
     picks: torch.Tensor
     moments: torch.Tensor
     slots: torch.Tensor
+    rows: int
     outputs: torch.Tensor | None = None
-    rows: int = 0
-
-    @classmethod
-    def of(cls, program: Program, layer: ExpertLayer) -> RoutingStatistics:
-        """Empty sums for a layer."""
-        return cls(
-            counts=torch.zeros(layer.experts, dtype=torch.float64),
-            picks=torch.zeros(layer.choices, dtype=torch.float64),
-            moments=torch.zeros(layer.choices, layer.choices, dtype=torch.float64),
-            slots=layer.slots(program),
-        )
 
     @property
     def usage(self) -> torch.Tensor:
@@ -90,66 +80,78 @@ class RoutingStatistics:
         return None if self.outputs is None else self.outputs / self.counts.clamp_min(1)
 
 
-@dataclass
-class _Observer:
-    """Adds up one layer while a program runs."""
+@dataclass(frozen=True)
+class _Watches:
+    """What is collected of one layer."""
 
-    layer: ExpertLayer
-    sums: RoutingStatistics
-    last: ExpertRead | None
-    gated: fx.Node | None
-    _row_numbers: torch.Tensor | None = field(default=None, repr=False)
+    counts: Watch
+    picks: Watch
+    logits: Watch
+    outputs: Watch | None
 
     @classmethod
-    def of(cls, program: Program, layer: ExpertLayer) -> _Observer:
-        """With empty sums."""
+    def of(cls, layer: ExpertLayer) -> _Watches:
+        """Of its assignments, its choice, its logits, and its experts' gated outputs."""
         last, gated = _gated(layer)
-        return cls(layer, RoutingStatistics.of(program, layer), last, gated)
+        outputs = None
+        if last is not None and gated is not None:
+            rows = partial(_gated_norms, experts=layer.experts, grouped=last.grouped)
+            outputs = Watch(gated, rows, beside=(last.by,))
+        return cls(
+            Watch.whole(layer.assigned, Counts(layer.experts)),
+            Watch.whole(layer.chosen, Counts(layer.choices)),
+            Watch.axis(layer.logits, -1, matrix=True),
+            outputs,
+        )
 
-    def watch(self) -> list[tuple[fx.Node, Callable[[torch.Tensor], None]]]:
-        """What to call with the values of which nodes."""
-        found: list[tuple[fx.Node, Callable[[torch.Tensor], None]]] = [
-            (self.layer.assigned, self._count),
-            (self.layer.chosen, self._pick),
-            (self.layer.logits, self._multiply),
-        ]
-        if self.last is not None and self.gated is not None:
-            found += [(self.last.by, self._keep), (self.gated, self._measure)]
-        return found
+    def __iter__(self) -> Iterator[Watch]:
+        each = (self.counts, self.picks, self.logits, self.outputs)
+        return (watch for watch in each if watch is not None)
 
-    def _count(self, value: torch.Tensor) -> None:
-        picked = value.flatten().cpu().long()
-        self.sums.counts += torch.bincount(picked, minlength=self.layer.experts).double()
-        self.sums.rows += len(picked) // self.layer.top_k
+    def statistics(
+        self, found: Mapping[Watch, Accumulator], program: Program, layer: ExpertLayer
+    ) -> RoutingStatistics:
+        """What the sums say of the layer."""
+        counts, picks, logits = (found[w] for w in (self.counts, self.picks, self.logits))
+        assert isinstance(counts, Counts)
+        assert isinstance(picks, Counts)
+        assert isinstance(logits, Moments)
+        assert logits.products is not None
+        outputs = None if self.outputs is None else found[self.outputs]
+        return RoutingStatistics(
+            counts=counts.values.double(),
+            picks=picks.values.double(),
+            moments=logits.products[0].cpu(),
+            slots=layer.slots(program),
+            rows=counts.count // layer.top_k,
+            outputs=outputs.total[0].cpu() if isinstance(outputs, Moments) else None,
+        )
 
-    def _pick(self, value: torch.Tensor) -> None:
-        picked = value.flatten().cpu().long()
-        self.sums.picks += torch.bincount(picked, minlength=self.layer.choices).double()
 
-    def _multiply(self, value: torch.Tensor) -> None:
-        rows = value.detach().reshape(-1, value.shape[-1]).double()
-        self.sums.moments += (rows.T @ rows).cpu()
+def _gated_norms(
+    value: torch.Tensor, picked: torch.Tensor, *, experts: int, grouped: bool
+) -> torch.Tensor:
+    """Sums per expert of the norms of gated outputs; (1, 1, experts).
 
-    def _keep(self, value: torch.Tensor) -> None:
-        assert self.last is not None
-        if self.last.grouped:
-            ends = value.cpu().long()
-            counts = torch.diff(ends, prepend=ends.new_zeros(1))
-            self._row_numbers = torch.arange(len(ends)).repeat_interleave(counts)
-        else:
-            self._row_numbers = value.flatten().cpu().long()
-
-    def _measure(self, value: torch.Tensor) -> None:
-        numbers = self._row_numbers
-        assert numbers is not None
-        norms = value.detach().reshape(len(numbers), -1).double().norm(dim=1).cpu()
-        if self.sums.outputs is None:
-            self.sums.outputs = torch.zeros_like(self.sums.counts)
-        self.sums.outputs.index_add_(0, numbers, norms)
+    Args:
+        value: Gated outputs.
+        picked: Where the rows of each expert end, if they are sorted; else the expert of each.
+        experts: How many there are.
+        grouped: Whether rows are sorted.
+    """
+    if grouped:
+        ends = picked.long()
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        numbers = torch.arange(len(ends), device=ends.device).repeat_interleave(counts)
+    else:
+        numbers = picked.flatten().long()
+    norms = value.reshape(len(numbers), -1).double().norm(dim=1)
+    total: torch.Tensor = norms.new_zeros(experts).index_add(0, numbers, norms)
+    return total[None, None]
 
 
 def collect_routing(
-    program: Program, ctx: PassContext, layers: Iterable[ExpertLayer]
+    program: Program, ctx: PassContext, layers: Iterable[ExpertLayer], **options: Any
 ) -> dict[ExpertLayer, RoutingStatistics]:
     """Run the program over the calibration batches and sum up what the routers do.
 
@@ -157,29 +159,18 @@ def collect_routing(
         program: What to run, without gradients.
         ctx: The batches (or example inputs), and where progress goes.
         layers: Of this program.
+        **options: Those of `statistics.collect`: ``limit_bytes``, ``spill``, ``resume``,
+            ``save_every``.
 
     Returns:
         Per layer its statistics, on the CPU.
 
     Raises:
-        InputError: A batch does not fit the program, or there is none.
-        PreconditionError: The program has no values to compute with.
+        Error: As `statistics.collect` does.
     """
-    observers = [_Observer.of(program, layer) for layer in layers]
-    watched: dict[fx.Node, list[Callable[[torch.Tensor], None]]] = {}
-    for observer in observers:
-        for node, action in observer.watch():
-            watched.setdefault(node, []).append(action)
-
-    def observe(node: fx.Node, value: Any) -> None:
-        for action in watched.get(node, ()):
-            action(value)
-
-    for index, (_, flat) in enumerate(flat_batches(program, ctx)):
-        ctx.report(f"statistics of routing: batch {index + 1}")
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            run_flat(program, flat, observe=observe)
-    return {observer.layer: observer.sums for observer in observers}
+    watched = {layer: _Watches.of(layer) for layer in layers}
+    found = collect(program, ctx, [w for each in watched.values() for w in each], **options)
+    return {layer: each.statistics(found, program, layer) for layer, each in watched.items()}
 
 
 def _gated(layer: ExpertLayer) -> tuple[ExpertRead | None, fx.Node | None]:

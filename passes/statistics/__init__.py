@@ -3,7 +3,13 @@
 Everything here reads batches one at a time and keeps sums; nothing of the data stays.
 """
 
-from torchlathe.passes.statistics.accumulators import Accumulator, Counts, Reservoir
+from torchlathe.passes.statistics.accumulators import (
+    Accumulator,
+    Counts,
+    Reservoir,
+    Samples,
+    Total,
+)
 from torchlathe.passes.statistics.calibration import Calibration
 from torchlathe.passes.statistics.collecting import collect, collect_moments
 from torchlathe.passes.statistics.gradients import (
@@ -16,6 +22,7 @@ from torchlathe.passes.statistics.layers import LayerMoments, collect_layers
 from torchlathe.passes.statistics.moments import Moments
 from torchlathe.passes.statistics.readers import Reader, patches, readers_of
 from torchlathe.passes.statistics.stepping import LockstepRun
+from torchlathe.passes.statistics.streaming import Stream
 from torchlathe.passes.statistics.watching import Watch
 
 __all__ = [
@@ -29,6 +36,9 @@ __all__ = [
     "Moments",
     "Reader",
     "Reservoir",
+    "Samples",
+    "Stream",
+    "Total",
     "Watch",
     "collect",
     "collect_gradients",

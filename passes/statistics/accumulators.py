@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from torchlathe.ir import OptionError
 
-__all__ = ["Accumulator", "Counts", "Reservoir"]
+__all__ = ["Accumulator", "Allocate", "Counts", "Reservoir", "Samples", "Total"]
+
+# Gives memory: zeros of a shape, a dtype and a device; `MatrixStore.zeros` does.
+Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
 
 
 class Accumulator(ABC):
@@ -157,3 +160,82 @@ class Counts(Accumulator):
         """Go on with these counts."""
         self.count = int(state["count"])
         self.values = state["values"].cpu()
+
+
+class Total(Accumulator):
+    """The sum of tensors of one shape, such as gradients of a parameter.
+
+    Args:
+        like: Of that shape and device; sums are in its dtype, and in float32 at least.
+        allocate: Gives memory for the sum.
+
+    Attributes:
+        value: The sum.
+        count: How many were added, or as many as `add` was told.
+    """
+
+    def __init__(self, like: torch.Tensor, allocate: Allocate) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.value = allocate(tuple(like.shape), wide, like.device)
+        self.count = 0
+
+    def add(self, rows: torch.Tensor, count: int | None = None, weight: float = 1.0) -> None:
+        """Add a tensor.
+
+        Args:
+            rows: Of the shape.
+            count: How many it stands for; one by default.
+            weight: It is multiplied with.
+        """
+        self.value.add_(rows.detach().to(self.value), alpha=weight)
+        self.count += 1 if count is None else count
+
+    def add_squares(
+        self, rows: torch.Tensor, count: int | None = None, weight: float = 1.0
+    ) -> None:
+        """Add the squares of a tensor's elements; as `add`."""
+        rows = rows.detach().to(self.value)
+        self.value.addcmul_(rows, rows, value=weight)
+        self.count += 1 if count is None else count
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Sum and count."""
+        return {"count": torch.tensor(self.count), "value": self.value}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from this sum."""
+        self.count = int(state["count"])
+        self.value.copy_(state["value"])
+
+
+class Samples(Accumulator):
+    """Numbers as they come: for each batch that has any, a list.
+
+    Attributes:
+        values: The lists.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[list[float]] = []
+
+    def add(self, rows: torch.Tensor, count: int | None = None) -> None:
+        """Add the numbers of a batch.
+
+        Args:
+            rows: Of any shape.
+            count: Not used.
+        """
+        self.values.append(rows.detach().double().flatten().tolist())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All numbers, and how many are of each batch."""
+        flat = [value for batch in self.values for value in batch]
+        return {
+            "values": torch.tensor(flat, dtype=torch.float64),
+            "lengths": torch.tensor([len(batch) for batch in self.values], dtype=torch.int64),
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from these."""
+        parts = state["values"].cpu().split(state["lengths"].tolist())
+        self.values = [part.tolist() for part in parts]

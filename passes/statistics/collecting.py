@@ -1,32 +1,25 @@
-"""The one loop over calibration data: values, and gradients of values, into accumulators."""
+"""What is watched while a program runs over the data: values, and gradients, into accumulators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path as Folder
 from typing import Any
 
 import torch
 from torch import fx
 
-from torchlathe.ir import InputError, OptionError, PreconditionError, Program
+from torchlathe.ir import OptionError, Program
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.statistics.accumulators import Accumulator
 from torchlathe.passes.statistics.calibration import Calibration, Path
 from torchlathe.passes.statistics.losses import check_loss, loss_of
 from torchlathe.passes.statistics.moments import Moments
-from torchlathe.passes.statistics.running import (
-    device_of,
-    first_extent,
-    flat_batches,
-    of_how_many,
-    usable,
-    without_inference,
-)
-from torchlathe.passes.statistics.saving import StateFile, batch_digest, callable_text, state_key
+from torchlathe.passes.statistics.running import first_extent, usable, without_inference
+from torchlathe.passes.statistics.saving import callable_text
 from torchlathe.passes.statistics.storage import MatrixStore
+from torchlathe.passes.statistics.streaming import Stream
 from torchlathe.passes.statistics.watching import Watch
 
 __all__ = ["collect", "collect_moments"]
@@ -98,12 +91,11 @@ def collect(
     run = _Run(program, ctx, found, run_dtype, setting.samples)
     if run.gradients:
         check_loss(program, ctx)
-    state = None
-    if setting.resume is not None:
-        loss = [callable_text(f) for f in (ctx.loss, setting.samples)] if run.gradients else []
-        lines = [*(w.describe() for w in found), *map(str, (dtype, run_dtype, ctx.seed)), *loss]
-        state = _open_state(program, found, setting.resume, lines)
-    run.over_batches(state, setting.save_every, store)
+    loss = [callable_text(f) for f in (ctx.loss, setting.samples)] if run.gradients else []
+    lines = [*(w.describe() for w in found), *map(str, (dtype, run_dtype, ctx.seed)), *loss]
+    # The number is what tells the accumulators of one node apart.
+    named = {f"{w.node.name}.{i}": to for i, (w, to) in enumerate(found.items())}
+    Stream(program, ctx, setting, named, lines, store).run(run.step)
     return found
 
 
@@ -120,24 +112,6 @@ def collect_moments(
     """
     found = collect(program, ctx, watches, **options)
     return {watch: moments for watch, moments in found.items() if isinstance(moments, Moments)}
-
-
-def _open_state(
-    program: Program, found: Mapping[Watch, Accumulator], folder: Path, lines: Iterable[str]
-) -> StateFile:
-    for watch, accumulator in found.items():
-        if accumulator.state() is None:
-            raise PreconditionError(
-                f"{type(accumulator).__name__} of {watch.node.name} cannot be resumed",
-                hint="give it state() and restore(), or leave out resume=",
-            )
-    state = StateFile(Folder(folder) / f"{state_key(program, lines)}.safetensors")
-    state.load(_numbered(found), device_of(program))
-    return state
-
-
-def _numbered(found: Mapping[Watch, Accumulator]) -> dict[str, Accumulator]:
-    return {str(number): accumulator for number, accumulator in enumerate(found.values())}
 
 
 class _Run:
@@ -159,30 +133,12 @@ class _Run:
         for watch in found:
             nodes = self.gradients if watch.gradient else self.values
             nodes.setdefault(watch.node, []).append(watch)
+        self.beside = {node for watch in found for node in watch.beside}
+        self.kept: dict[fx.Node, Any] = {}  # their values, while a batch runs
 
-    def over_batches(self, state: StateFile | None, save_every: int, store: MatrixStore) -> None:
-        """Add up all batches that the state has not seen."""
-        seen, digest, count = (state.seen if state else 0), "", 0
-        for batch, flat in flat_batches(self.program, self.ctx):
-            count += 1
-            if state:
-                digest = batch_digest(digest, batch)
-                if count == seen and digest != state.digest:
-                    raise _other_data(state)
-                if count <= seen:
-                    self.ctx.report(f"statistics: batch {count} was seen before")
-                    continue
-            self.ctx.report(f"statistics: batch {count}{of_how_many(self.ctx)}{_in_files(store)}")
-            self.step(batch, flat)
-            if state and count % save_every == 0:
-                state.save(_numbered(self.found), count, digest)
-        if state and count < seen:
-            raise _other_data(state)
-        if state and count > state.seen:
-            state.save(_numbered(self.found), count, digest)
-
-    def step(self, batch: Any, flat: list[Any]) -> None:
+    def step(self, index: int, batch: Any, flat: list[Any]) -> None:
         """Add up one batch."""
+        self.kept.clear()
         inputs = dict(zip(self.program.input_nodes, flat, strict=True))
         if not self.gradients:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -235,18 +191,8 @@ class _Run:
             add(node, zeros)
 
     def _add_value(self, node: fx.Node, value: Any) -> None:
+        if node in self.beside:
+            self.kept[node] = value.detach()
         for watch in self.values.get(node, ()):
-            watch.add(self.found[watch], value.detach())
-
-
-def _in_files(store: MatrixStore) -> str:
-    spilled = store.spilled_bytes
-    return f" ({spilled / 2**20:.0f} MiB of matrices in files)" if spilled else ""
-
-
-def _other_data(state: StateFile) -> InputError:
-    return InputError(
-        f"the calibration data is not that of the interrupted run, which saw {state.seen} batches",
-        where=str(state.path),
-        hint="give the same batches in the same order, or delete the file to begin again",
-    )
+            others = [self.kept[other] for other in watch.beside]
+            watch.add(self.found[watch], value.detach(), others=others)

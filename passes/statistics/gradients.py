@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from torchlathe.ir import InputError, Program
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.base import PassContext
+from torchlathe.passes.statistics.accumulators import Total
+from torchlathe.passes.statistics.calibration import Calibration
 from torchlathe.passes.statistics.losses import check_loss, loss_of
 from torchlathe.passes.statistics.running import (
     flat_batches,
@@ -19,11 +21,15 @@ from torchlathe.passes.statistics.running import (
     usable,
     without_inference,
 )
+from torchlathe.passes.statistics.saving import callable_text
+from torchlathe.passes.statistics.storage import MatrixStore
+from torchlathe.passes.statistics.streaming import Stream
 
 __all__ = [
     "GradientMoments",
     "Gradients",
     "collect_gradients",
+    "samples_of",
     "stream_gradients",
 ]
 
@@ -82,13 +88,12 @@ def stream_gradients(
         InputError: The loss is not a scalar that depends on the parameters, or a batch does not
             fit the program.
     """
-    wanted = set(program.parameters if names is None else names)
-    wanted = {n for n in wanted if program.entries[n].tensor.is_floating_point()}
+    wanted = _wanted(program, names)
     check_loss(program, ctx)
     for number, (batch, flat) in enumerate(flat_batches(program, ctx), 1):
         of_batch = f"gradients: batch {number}{of_how_many(ctx)}"
         for sample, (part, inputs) in enumerate(
-            _samples(batch, flat) if per_sample else [(batch, flat)], 1
+            samples_of(batch, flat) if per_sample else [(batch, flat)], 1
         ):
             ctx.report(f"{of_batch}, sample {sample}" if per_sample else of_batch)
             yield _gradients(program, ctx, part, inputs, wanted)
@@ -115,7 +120,7 @@ def _gradients(
     return Gradients(float(loss.detach()), gradients)
 
 
-def _samples(batch: Any, flat: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
+def samples_of(batch: Any, flat: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
     """One sample at a time: each tensor with the first axis of the batch is cut along it."""
     tensors = [x for x in flat if isinstance(x, torch.Tensor) and x.dim()]
     if not tensors:
@@ -136,6 +141,7 @@ def collect_gradients(
     names: Iterable[str] | None = None,
     *,
     per_sample: bool = False,
+    **options: Any,
 ) -> dict[str, GradientMoments]:
     """Sums of gradients and of their squares, over batches or samples.
 
@@ -144,16 +150,44 @@ def collect_gradients(
         ctx: The batches and the loss; see `stream_gradients`.
         names: Parameters; by default all floating ones.
         per_sample: Squares of the gradients of samples, not of batches.
+        **options: ``limit_bytes``, ``spill``, ``resume`` and ``save_every``, as of `collect`.
+
+    Returns:
+        Of the parameters that the loss depends on.
     """
-    found: dict[str, GradientMoments] = {}
-    for gradients in stream_gradients(program, ctx, names, per_sample=per_sample):
-        for name, value in gradients.values.items():
-            wide = value.to(torch.promote_types(value.dtype, torch.float32))
-            if name not in found:
-                found[name] = GradientMoments(1, wide.clone(), wide.square())
-            else:
-                moments = found[name]
-                moments.count += 1
-                moments.total += wide
-                moments.squares.addcmul_(wide, wide)
-    return found
+    wanted = _wanted(program, names)
+    check_loss(program, ctx)
+    setting = Calibration.of(ctx.calibration, **options)
+    store = MatrixStore(setting.limit_bytes, setting.spill)
+    sums = {
+        name: (Total(tensor, store.zeros), Total(tensor, store.zeros))
+        for name, tensor in program.parameters.items()
+        if name in wanted
+    }
+
+    def step(index: int, batch: Any, flat: list[Any]) -> None:
+        parts = samples_of(batch, flat) if per_sample else iter([(batch, flat)])
+        for part, inputs in parts:
+            found = _gradients(program, ctx, part, inputs, wanted)
+            for name, value in found.values.items():
+                total, squares = sums[name]
+                total.add(value)
+                squares.add_squares(value)
+
+    named = {
+        f"{name} {kind}": total
+        for name, pair in sums.items()
+        for kind, total in zip(("total", "squares"), pair, strict=True)
+    }
+    lines = [f"gradients|{per_sample}|{sorted(wanted)}|{ctx.seed}", callable_text(ctx.loss)]
+    Stream(program, ctx, setting, named, lines, store, what="gradients").run(step)
+    return {
+        name: GradientMoments(total.count, total.value, squares.value)
+        for name, (total, squares) in sums.items()
+        if total.count
+    }
+
+
+def _wanted(program: Program, names: Iterable[str] | None) -> set[str]:
+    chosen = program.parameters if names is None else names
+    return {n for n in chosen if program.entries[n].tensor.is_floating_point()}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from torchlathe.passes.statistics.accumulators import Accumulator
+from torchlathe.passes.statistics.accumulators import Accumulator, Allocate
 
 __all__ = ["Moments"]
 
 # Elements of rows that are converted at a time.
 _AT_ONCE = 2**23
-
-Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
 
 
 class Moments(Accumulator):

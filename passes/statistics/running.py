@@ -14,6 +14,7 @@ from torchlathe.passes.base import Diagnostic, PassContext
 from torchlathe.passes.statistics.calibration import Calibration
 
 __all__ = [
+    "count_batches",
     "device_of",
     "first_extent",
     "flat_batches",
@@ -85,7 +86,17 @@ def usable(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.clone() if tensor.is_inference() else tensor).detach()
 
 
-def of_how_many(ctx: PassContext) -> str:
-    """The number of batches after that of one of them, where it is known."""
+def count_batches(ctx: PassContext, limit: int | None = None) -> int | None:
+    """The number of batches, of at most so many; None where only a pass over them would tell."""
     data = ctx.calibration.batches if isinstance(ctx.calibration, Calibration) else ctx.calibration
-    return f" of {len(data)}" if isinstance(data, Sized) else ""
+    if data is None:
+        return 1  # the example inputs
+    if not isinstance(data, Sized):
+        return None
+    return len(data) if limit is None else min(limit, len(data))
+
+
+def of_how_many(ctx: PassContext, limit: int | None = None) -> str:
+    """The number of batches after that of one of them, where it is known."""
+    count = None if ctx.calibration is None else count_batches(ctx, limit)
+    return "" if count is None else f" of {count}"

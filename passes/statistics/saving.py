@@ -63,7 +63,9 @@ class StateFile:
                 names = list(file.keys())
                 for key, accumulator in accumulators.items():
                     mine = [n for n in names if n.startswith(f"{key}/")]
-                    accumulator.restore({n.partition("/")[2]: file.get_tensor(n) for n in mine})
+                    accumulator.restore(
+                        {n.removeprefix(f"{key}/"): file.get_tensor(n) for n in mine}
+                    )
             self.seen, self.digest = int(about["seen"]), about["digest"]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ArtifactError(

@@ -24,6 +24,7 @@ from torchlathe.passes.statistics import (
     Reservoir,
     Watch,
     collect,
+    collect_gradients,
     collect_layers,
     saving,
 )
@@ -178,6 +179,28 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path: Path, limit: Any) -> No
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gradients_of_an_interrupted_run_go_on(tmp_path: Path, per_sample: bool) -> None:
+    torch.manual_seed(1)
+    data = [torch.randn(5, 6) for _ in range(4)]
+    program = tl.capture(Net().eval(), (data[0],), dynamic_shapes="auto")
+    options: dict[str, Any] = {"resume": tmp_path, "save_every": 1, "limit_bytes": 0}
+    want = collect_gradients(program, context(program, data), per_sample=per_sample)
+    ctx = context(program, Stops(data, 3))
+    with pytest.raises(Interrupted):
+        collect_gradients(program, ctx, per_sample=per_sample, **options)
+    said: list[str] = []
+    ctx = context(program, data, said)
+    got = collect_gradients(program, ctx, per_sample=per_sample, **options)
+    assert said[2] == "gradients: batch 3 was seen before"
+    assert said[3].startswith("gradients: batch 4 of 4 (")
+    assert want.keys() == got.keys()
+    for name, moments in want.items():
+        assert moments.count == got[name].count == (20 if per_sample else 4)
+        assert torch.equal(moments.total, got[name].total)
+        assert torch.equal(moments.squares, got[name].squares)
+
+
 def test_the_state_belongs_to_a_program_and_to_what_is_watched(tmp_path: Path) -> None:
     program, data = made()
     ctx = context(program, data)
@@ -252,6 +275,38 @@ def test_settings_that_come_with_the_batches(tmp_path: Path) -> None:
             Calibration(data, **wrong)
     with pytest.raises(InputError, match="must be batches, got int"):
         Calibration(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", [None, 0], ids=["in memory", "in files"])
+def test_values_of_several_nodes_go_on(tmp_path: Path, limit: Any) -> None:
+    program, data = made()
+    nodes = {n.name: n for n in program.nodes}
+    before, after = nodes["linear"], nodes["relu"]
+
+    def watch() -> Watch:
+        return Watch(after, _both, matrix=True, beside=(before, program.input_nodes[0]))
+
+    options: dict[str, Any] = {"resume": tmp_path, "save_every": 1, "limit_bytes": limit}
+    first, second, plain = watch(), watch(), watch()
+    with pytest.raises(Interrupted):
+        collect(program, context(program, Stops(data, 4)), [first], **options)
+    got = collect(program, context(program, data), [second], **options)[second]
+    want = collect(program, context(program, data), [plain])[plain]
+    assert isinstance(got, Moments)
+    assert isinstance(want, Moments)
+    assert torch.equal(got.second, want.second)
+    model = [n.double() for n in (program.tensor("a.weight"), program.tensor("a.bias"))]
+    rows = torch.cat(data).double()
+    values = rows @ model[0].T + model[1]
+    wanted = torch.relu(values) * values + rows.sum(1, keepdim=True)
+    # The program computes in float32.
+    torch.testing.assert_close(want.mean[0], wanted.mean(0).detach(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(OptionError, match="no values beside it"):
+        Watch(after, _both, gradient=True, beside=(before,))
+
+
+def _both(after: Tensor, before: Tensor, x: Tensor) -> Tensor:
+    return (after * before + x.sum(1, keepdim=True))[None]
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import json
 import math
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from torchlathe.ir.files import write_text
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.statistics import LayerMoments, collect_layers
 from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.memory import PeakMemory
 from torchlathe.tools.compat import define_torchvision_ops
 
 __all__ = ["WAYS", "main", "measured_section"]
@@ -95,37 +95,19 @@ def _work(way: str, model: Any, program: Program, data: list[Any]) -> Callable[[
     return runs
 
 
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def _measure(way: str, size: dict[str, int], rounds: int) -> dict[str, float]:
     """CPU seconds and the rise of anonymous memory; in this process."""
     torch.set_num_threads(1)
     model, data = _model(size)
     program = capture(model, (), data[0])
     work = _work(way, model, program, data)
-    before = peak = _anonymous()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.01):
-            peak = max(peak, _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     seconds = math.inf
-    for _ in range(rounds):
-        start = time.process_time()
-        work()
-        seconds = min(seconds, time.process_time() - start)
-    done.set()
-    watcher.join()
-    return {"seconds": seconds, "bytes": peak - before}
+    with PeakMemory() as memory:
+        for _ in range(rounds):
+            start = time.process_time()
+            work()
+            seconds = min(seconds, time.process_time() - start)
+    return {"seconds": seconds, "bytes": memory.rise}
 
 
 def _check(size: dict[str, int]) -> int:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -31,12 +30,14 @@ from torchlathe.passes.analysis.curvature import (
     quantise_delta,
     tie_delta,
 )
+from torchlathe.passes.analysis.curvature.sensitivity import Method
 from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.memory import PeakMemory
 
 __all__ = ["main"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "sensitivity_cpu.json"
-METHODS: Final = ("kfac", "diagonal", "drawn", "ggn", "hessian")
+METHODS: Final = ("auto", "kfac", "diagonal", "drawn", "ggn", "hessian")
 _BATCHES: Final = 64  # that the ratio is composed for
 _UNITS, _RANKS, _BITS, _STEPS = 3, (0.97, 0.9), (8, 6), (0.02, 0.05)
 
@@ -53,9 +54,9 @@ class Case:
         batches: Of data.
         loss: Of outputs and a batch.
         draws: Per batch, for the factors.
-        exact: Changes of a kind that are also predicted by running over the data, at most.
+        whole: Changes of a kind that are also predicted by the whole Gauss-Newton matrix, at most.
+        exact: And by the whole Hessian.
         weights: Layers that are changed, at most about so many.
-        drawn: Whether units are predicted from draws too, a run over the data per family.
     """
 
     name: str
@@ -63,9 +64,9 @@ class Case:
     batches: list[Any]
     loss: Callable[[Any, Any], torch.Tensor]
     draws: int = 8
+    whole: int = 1000
     exact: int = 24
     weights: int = 18
-    drawn: bool = True
 
 
 def digits_case(name: str) -> Case:
@@ -102,7 +103,7 @@ def encoder_case() -> Case:
         distance: torch.Tensor = (outputs - batch["target"]).square().sum(1).mean()
         return distance
 
-    return Case("MiniLM", program, batches, loss, exact=12, weights=9, drawn=False)
+    return Case("MiniLM", program, batches, loss, whole=12, exact=4, weights=9)
 
 
 CASES: Final[dict[str, Callable[[], Case]]] = {
@@ -120,16 +121,14 @@ def changes(case: Case, s: Sensitivity, seed: int = 0) -> Iterator[tuple[str, De
     generator = torch.Generator().manual_seed(seed)
     families = s.families.prunable
     every = max(1, len(families) // 10)
-    for family in families[::every]:
-        costs = s.unit_costs(family, method="drawn") if case.drawn else None
+    for family, costs in s.costs_of(families[::every], method="drawn").items():
         for unit in torch.randperm(family.extent, generator=generator)[:_UNITS].tolist():
             erased = s.erase(family, [unit])
             first = s.predict(erased, "diagonal").first
-            cost = None if costs is None else float(costs[unit])
+            cost = float(costs[unit])
             yield "erase a unit", erased, cost
             tenth = {name: delta / 10 for name, delta in erased.items()}
-            small = None if cost is None else first / 10 + (cost - first) / 100
-            yield "shrink a unit by 10 %", tenth, small
+            yield "shrink a unit by 10 %", tenth, first / 10 + (cost - first) / 100
     weights = list(dict.fromkeys(layer.weight for layer in s.layers.values()))
     weights = weights[:: max(1, len(weights) // case.weights)]
     values = {name: case.program.tensor(name).detach() for name in weights}
@@ -152,6 +151,7 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
 
     start = time.perf_counter()
     analysis = HessianSensitivity(samples=0, draws=case.draws)
+    assert analysis.method == "auto"
     s = analysis.on(case.program, calibration=case.batches, loss=case.loss)
     seconds = time.perf_counter() - start
     base = s.objective.value()
@@ -159,18 +159,23 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
     drawn = list(changes(case, s))
     for kind in dict.fromkeys(kind for kind, _, _ in drawn):
         mine = [(delta, cost) for other, delta, cost in drawn if other == kind]
-        every = -(-len(mine) // case.exact)
+        some, few = (-(-len(mine) // most) for most in (case.whole, case.exact))
         for number, (delta, cost) in enumerate(mine):
             row = {"measured": s.objective.value(delta) - base}
             if cost is not None:
                 row["drawn"] = cost
-            for method in (
-                "kfac",
-                "diagonal",
-                *(("ggn", "hessian") if number % every == 0 else ()),
-            ):
+            methods: list[Method] = ["kfac", "diagonal"]
+            if number % some == 0:
+                methods.append("ggn")
+            if number % few == 0:
+                methods.append("hessian")
+            for method in methods:
                 found = s.predict(delta, method)
                 row[method], row[f"{method} second"] = found.total, found.second
+            # What the default asks: `unit_costs` for units, `predict` for anything else.
+            default = "drawn" if kind == "erase a unit" else "ggn"
+            if default in row:
+                row["auto"] = row[default]
             kinds.setdefault(kind, []).append(row)
     kinds["all"] = [row for rows in kinds.values() for row in rows]
     for kind, rows in kinds.items():
@@ -178,6 +183,7 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
             "net": case.name,
             "kind": kind,
             "changes": len(rows),
+            "whole_changes": sum(1 for row in rows if "ggn" in row),
             "exact_changes": sum(1 for row in rows if "hessian" in row),
             "loss": base,
             "median_change": median(abs(row["measured"]) for row in rows),
@@ -185,7 +191,7 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
         }
         for method in METHODS:
             usable = [row for row in rows if method in row]
-            if len(usable) < (1 if method in ("ggn", "hessian") else len(rows)):
+            if len(usable) < (len(rows) if method == "drawn" else 1):
                 result[method] = None
                 continue
             measured = [row["measured"] for row in usable]
@@ -240,7 +246,7 @@ class Training:
 
 
 def cost_row(size: Training, options: dict[str, Any]) -> dict[str, Any]:
-    """Processor seconds of training steps, and of each batch of an analysis.
+    """Processor seconds of training steps, and of each batch of an analysis, in turn.
 
     Every other batch has a probe of the Hessian's trace, so that what one costs is known apart.
     """
@@ -248,66 +254,101 @@ def cost_row(size: Training, options: dict[str, Any]) -> dict[str, Any]:
     start = time.process_time()
     program = size.program()
     captured = time.process_time() - start
-    ticks = [time.process_time()]
-    analysis = HessianSensitivity(samples=size.count // 2, **options)
-    analysis.on(
-        program,
-        calibration=size.batches,
-        progress=lambda text: ticks.append(time.process_time()),
-    )
-    ticks.append(time.process_time())
-    training = []
-    for index in range(size.count):
-        start = time.process_time()
-        size.step(index)
-        training.append(time.process_time() - start)
-    seconds = [b - a for a, b in pairwise(ticks)]
-    setup, plain, probed = seconds[0], median(seconds[1::2]), median(seconds[2::2])
-    step = median(training)
-    default = HessianSensitivity().samples
+    training, (setup, *each) = _seconds(program, size, options)
     return {
-        "options": str(HessianSensitivity(**options)),
+        "options": str(HessianSensitivity(rows=options["rows"])),
         "parameters": sum(t.numel() for t in program.parameters.values()),
         "batch": [size.batch, size.tokens],
-        "batches": size.count,
-        "samples": default,
-        "capture_s": captured,
-        "setup_s": setup,
-        "batches_s": seconds[1:],
+        "samples": HessianSensitivity().samples,
+        "capture_s": [captured],
+        "setup_s": [setup],
+        "plain_s": each[::2],
+        "probed_s": each[1::2],
         "training_s": training,
-        "ratio": (setup + (_BATCHES - default) * plain + default * probed) / (_BATCHES * step),
-        "ratio_unprobed": plain / step,
-        "ratio_probed": probed / step,
     }
 
 
+def ratios(row: dict[str, Any]) -> tuple[float, float, float]:
+    """To a training step: a batch, a batch with a probe, and 64 batches with the default probes."""
+    setup, plain, probed, step = (
+        median(row[key]) for key in ("setup_s", "plain_s", "probed_s", "training_s")
+    )
+    probes = row["samples"]
+    whole = setup + (_BATCHES - probes) * plain + probes * probed
+    return plain / step, probed / step, whole / (_BATCHES * step)
+
+
+def _seconds(
+    program: Program, size: Training, options: dict[str, Any]
+) -> tuple[list[float], list[float]]:
+    """Of training steps; of the analysis until its first batch, and of each batch.
+
+    A training step runs before each batch. Every other batch has a probe.
+    """
+    training: list[float] = []
+    analysis: list[float] = []
+    began = time.process_time()
+
+    def step(text: str) -> None:
+        nonlocal began
+        now = time.process_time()
+        analysis.append(now - began)
+        size.step(len(training))
+        began = time.process_time()
+        training.append(began - now)
+
+    found = HessianSensitivity(samples=size.count // 2, **options)
+    found.on(program, calibration=size.batches, progress=step)
+    analysis.append(time.process_time() - began)
+    return training, analysis
+
+
 def peak_bytes(what: str, size: Training, options: dict[str, Any]) -> int:
-    """Peak resident memory of a process that does one of the two on a batch."""
-    if what == "training":
-        size.step(0)
-        size.step(0)
-    elif what == "sensitivity":
-        HessianSensitivity(samples=1, **options).on(size.program(), calibration=size.batches[:1])
-    else:
-        size.program()
-    # Of this program alone: what getrusage tells begins with the peak of the parent.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    """Peak anonymous memory of a process that does one of the things on a batch."""
+    with PeakMemory() as memory:
+        if what == "training":
+            size.step(0)
+            size.step(0)
+        elif what == "sensitivity":
+            analysis = HessianSensitivity(samples=1, **options)
+            analysis.on(size.program(), calibration=size.batches[:1])
+        else:
+            size.program()
+    return memory.peak
 
 
-def memory_row(size: Training, options: dict[str, Any], threads: int) -> dict[str, int]:
-    """Peak memory of each, in processes of their own."""
-    found = {}
-    for what in ("capture", "training", "sensitivity"):
-        command = [sys.executable, "-m", "torchlathe.tools.bench.bench_sensitivity"]
-        command += ["--peak", what, "--shape", str(size.batch), str(size.tokens)]
-        command += ["--threads", str(threads)]
-        for key, value in options.items():
-            command += [f"--{key.replace('_', '-')}", str(value)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[f"{what}_peak_bytes"] = int(done.stdout.split()[-1])
-    return found
+def memory_bytes(what: str, size: Training, options: dict[str, Any], threads: int) -> int:
+    """Peak memory of one of the things, in a process of its own."""
+    command = [sys.executable, "-m", "torchlathe.tools.bench.bench_sensitivity"]
+    command += ["--peak", what, "--shape", str(size.batch), str(size.tokens)]
+    command += ["--threads", str(threads)]
+    for key, value in options.items():
+        command += [f"--{key.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def add_cost(
+    known: dict[str, Any], size: Training, rows: int, limit: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """More seconds for one limit, beside those there are, and then peaks that are not known yet."""
+    options = {"rows": rows, "limit_bytes": limit}
+    row = cost_row(size, options)
+    limits = known.setdefault("limits", {})
+    old = limits.setdefault(str(limit), {})
+    for key, value in row.items():
+        if key.endswith("_s"):
+            value = old.get(key, []) + value
+        old[key] = value
+    yield known
+    peaks = known.setdefault("peaks", {})
+    for what in ("capture", "training"):
+        if what not in peaks:
+            peaks[what] = memory_bytes(what, size, {}, threads)
+            yield known
+    if "peak" not in old:
+        old["peak"] = memory_bytes("sensitivity", size, options, threads)
+        yield known
 
 
 # -- running -------------------------------------------------------------------------------------
@@ -318,19 +359,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--case", choices=CASES, action="append", help="only this net")
     parser.add_argument("--cost", action="store_true", help="only the cost of the analysis")
-    parser.add_argument("--count", type=int, default=6, help="batches and steps (default 6)")
+    parser.add_argument("--count", type=int, default=2, help="batches and steps (default 2)")
     parser.add_argument("--shape", type=int, nargs=2, default=(8, 64), help="sentences, tokens")
     parser.add_argument("--rows", type=int, default=128, help="rows in the factors (default 128)")
-    parser.add_argument("--limit-bytes", type=int, default=2**31)
+    parser.add_argument(
+        "--limit-bytes", type=int, action="append", help="memory (2 GiB and 512 MiB)"
+    )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS)
     parsed = parser.parse_args(argv)
     torch.set_num_threads(parsed.threads)
-    options = {"rows": parsed.rows, "limit_bytes": parsed.limit_bytes}
+    limits = parsed.limit_bytes or [2**31, 2**29]
     console = Console() if sys.stdout.isatty() else Console(width=140)
     if parsed.peak:
         size = Training(parsed.shape[0], parsed.shape[1], 1)
+        options = {"rows": parsed.rows, "limit_bytes": limits[0]}
         console.print(peak_bytes(parsed.peak, size, options), highlight=False)
         return 0
     result = _read(parsed.json)
@@ -342,10 +386,12 @@ def main(argv: list[str] | None = None) -> int:
         _write(parsed.json, result)
     if parsed.cost or not parsed.case:
         size = Training(parsed.shape[0], parsed.shape[1], parsed.count)
-        peaks = memory_row(size, options, parsed.threads)
-        result["cost"] = {**cost_row(size, options), **peaks}
-        console.print(result["cost"], highlight=False)
-        _write(parsed.json, result)
+        for limit in limits:
+            known = result["cost"] or {}
+            for found in add_cost(known, size, parsed.rows, limit, parsed.threads):
+                result["cost"] = found
+                _write(parsed.json, result)
+            console.print(ratios(known["limits"][str(limit)]), highlight=False)
     return 0
 
 

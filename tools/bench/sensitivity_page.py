@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torchlathe.tools.bench.bench_sensitivity import METHODS, RESULTS
+from torchlathe.tools.bench.bench_sensitivity import METHODS, RESULTS, ratios
 from torchlathe.tools.figures import bytes_text, count_text, seconds_text
 
 __all__ = ["main", "measured", "updated"]
@@ -27,19 +27,20 @@ Spearman's rank correlation of the two over changes of each kind, on the same ba
 nets are trained in the benchmark; their loss is the cross-entropy on 256 training images, small but
 not stationary. MiniLM is the pretrained sentence encoder on 12 English sentences of Python's
 documentation; its loss is the squared distance to its own embeddings, whose gradient is zero at the
-weights and whose Gauss-Newton matrix is its Hessian there. The factors have 8 draws per batch. The
-methods that run over the data were tried on fewer changes, whose number is in brackets. *Change* is
-the median size of the measured change.
+weights and whose Gauss-Newton matrix is its Hessian there. The factors have 8 draws per batch.
+`auto` is what is asked by default: `unit_costs` for units that are erased, `predict` for all else.
+`ggn` was tried on fewer changes where a second number is given for it, and `hessian` on as many as
+the last number says. *Change* is the median size of the measured change.
 """
 
 VERDICT = """\
-Numbers below 0.9 are in italics. The default, `kfac`, is below it for: {rows}.
+Numbers below 0.9 are in italics. {default} Of the methods that cost no run, `kfac` is below it for:
+{rows}.
 
 {third}Where `ggn` is at 0.9 or above and `kfac` is not, second order is enough and its stand-in
 is not: `kfac` and `diagonal` leave out the covariance between the tensors of a unit (a convolution
 and the norm behind it move the same output), and, for changes of one tensor, what a Kronecker
-product or a diagonal cannot hold; which of the two it is, was not measured apart. For units, ask
-`unit_costs(family, method="drawn")` where that matters.
+product or a diagonal cannot hold; which of the two it is, was not measured apart.
 """
 
 THIRD = """\
@@ -51,21 +52,21 @@ above.
 COST = """\
 ### Cost
 
-A BERT-base classifier ({parameters} parameters, random weights), {count} batches of {batch}
-sentences of {tokens} tokens, and as many training steps of AdamW of the model itself, without
-dropout. The options were `{options}`.
-Processor seconds, medians, for other programs ran on the machine; peak memory is of a process that
-does this alone, on one batch with a probe.
+A BERT-base classifier ({parameters} parameters, random weights) on batches of {batch} sentences of
+{tokens} tokens ({batches} of them, half with a probe of the Hessian), and as many training steps of
+AdamW of the model itself in the same process, without dropout. The options were
+`{options}`. Processor seconds, medians, for other programs ran on
+the machine. *Peak memory* is anonymous memory
+(what is in files can be written out) of a process that does this alone, on one batch with a probe;
+capture alone, with the model and the interpreter in it, takes {capture_peak} and {capture}.
 
-| | seconds per batch | to a training step | peak memory |
-| --- | --- | --- | --- |
-| training step | {training} | 1 | {training_peak} |
-| sensitivity, without a probe of the Hessian | {plain} | {ratio_unprobed:.2f} | |
-| sensitivity, with a probe | {probed} | {ratio_probed:.2f} | {sensitivity_peak} |
-| capture alone | {capture} in all | | {capture_peak} |
+| | per batch | with a probe | to a training step | with a probe | 64 batches | peak memory |
+| --- | --- | --- | --- | --- | --- | --- |
+| training step | {training} | | 1 | | 1 | {training_peak} |
+{limits}
 
-64 batches with the default of {samples} probes, composed of these and of the {setup} before the
-first batch, take **{ratio:.2f}** times as long as 64 training steps (the target was at most 3).
+*64 batches* is the ratio for 64 batches with the default of {samples} probes to 64 training steps,
+composed of these seconds and of those before the first batch; the target was at most 3.
 """
 
 
@@ -92,7 +93,8 @@ def updated(page: str, text: str) -> str:
 
 
 def _row(row: dict[str, Any]) -> list[str]:
-    number = f"{row['changes']} ({row['exact_changes']})"
+    counts = [row["changes"], row["whole_changes"], row["exact_changes"]]
+    number = ", ".join(map(str, sorted(set(counts), reverse=True)))
     cells = [_cell(row.get(method)) for method in METHODS]
     return [row["net"], row["kind"], number, f"{row['median_change']:.1e}", *cells]
 
@@ -104,30 +106,54 @@ def _cell(value: float | None) -> str:
 
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
-    low = [f"{row['net']}, {row['kind']} ({row['kfac']:.3f})" for row in rows if row["kfac"] < 0.9]
-    if not low:
-        return "`kfac` is at 0.9 or above in every row.\n"
+    low = {
+        name: [row for row in rows if row[name] is not None and row[name] < 0.9]
+        for name in ("auto", "kfac")
+    }
+    texts = {
+        name: "; ".join(f"{row['net']}, {row['kind']} ({row[name]:.3f})" for row in found)
+        for name, found in low.items()
+    }
+    default = "The default is at 0.9 or above in every row where it was measured."
+    if all(row["auto"] is not None for row in rows):
+        default = "The default is at 0.9 or above in every row."
+    if low["auto"]:
+        default = f"The default is below 0.9 for: {texts['auto']}."
+    if not low["kfac"]:
+        return f"{default}\n"
     third = THIRD if any((row["hessian"] or 1.0) < 0.9 for row in rows) else ""
-    return VERDICT.format(rows="; ".join(low), third=third)
+    return VERDICT.format(rows=texts["kfac"], default=default, third=third)
 
 
 def _cost(cost: dict[str, Any]) -> str:
-    seconds = cost["batches_s"]
+    lines = []
+    rows = sorted(cost["limits"].items(), key=lambda item: -int(item[0]))
+    for limit, row in rows:
+        plain, probed, whole = ratios(row)
+        cells = [
+            f"sensitivity, `limit_bytes` {bytes_text(int(limit))}",
+            seconds_text(median(row["plain_s"])),
+            seconds_text(median(row["probed_s"])),
+            f"{plain:.2f}",
+            f"{probed:.2f}",
+            f"**{whole:.2f}**",
+            bytes_text(row["peak"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    first = rows[0][1]
+    steps = [seconds for _, row in rows for seconds in row["training_s"]]
     return COST.format(
-        parameters=count_text(cost["parameters"]),
-        count=cost["batches"],
-        batch=cost["batch"][0],
-        tokens=cost["batch"][1],
-        training=seconds_text(median(cost["training_s"])),
-        plain=seconds_text(median(seconds[::2])),
-        probed=seconds_text(median(seconds[1::2])),
-        capture=seconds_text(cost["capture_s"]),
-        setup=seconds_text(cost["setup_s"]),
-        **{k: cost[k] for k in ("options", "samples", "ratio", "ratio_unprobed", "ratio_probed")},
-        **{
-            f"{what}_peak": bytes_text(cost[f"{what}_peak_bytes"])
-            for what in ("training", "sensitivity", "capture")
-        },
+        parameters=count_text(first["parameters"]),
+        batch=first["batch"][0],
+        tokens=first["batch"][1],
+        training=seconds_text(median(steps)),
+        capture=seconds_text(median(first["capture_s"])),
+        options=first["options"],
+        samples=first["samples"],
+        batches=" and ".join(str(len(row["plain_s"] + row["probed_s"])) for _, row in rows),
+        training_peak=bytes_text(cost["peaks"]["training"]),
+        capture_peak=bytes_text(cost["peaks"]["capture"]),
+        limits="\n".join(lines),
     )
 
 

@@ -17,7 +17,7 @@ from torchlathe.passes.analysis.curvature.traces import TraceEstimate
 from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.base import DataAnalysis, PassContext
 from torchlathe.passes.importance.criterion import Scoring
-from torchlathe.passes.statistics import collect_gradients
+from torchlathe.passes.statistics import Calibration
 from torchlathe.passes.statistics.losses import check_loss
 
 __all__ = ["HessianSensitivity"]
@@ -31,13 +31,17 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
     be asked.
 
     Attributes:
-        method: What predictions use: Kronecker factors, the diagonal, or exact products with the
-            Hessian or the Gauss-Newton matrix, which run over the data for each prediction.
+        method: What predictions use. Kronecker factors or the diagonal cost nothing; exact products
+            with the Hessian or the Gauss-Newton matrix run over the data for each prediction, and
+            vectors drawn from the latter once for the costs of all units. "auto" takes the exact
+            Gauss-Newton matrix for single changes and drawn vectors for units.
         samples: Hutchinson's probes of the Hessian in all, for the traces, spread evenly over the
             batches: fewer than batches leave some out, and are the cheaper for it. 0 for none:
             traces are of the Gauss-Newton matrix then.
         draws: Vectors drawn from the Gauss-Newton matrix per batch, for the factors; 0 takes every
             output of a sample in turn, which is exact per layer and as much dearer.
+        factors: Whether to gather factors at all; without them predictions by "kfac" use the
+            diagonal.
         rescale: Give each layer's factors the trace that the draws show, which the factors alone
             miss where positions that share a weight are correlated. Source: own.
         diagonal: Of the Gauss-Newton matrix (from the draws), the empirical Fisher of batches or
@@ -48,14 +52,17 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
         batches: Take so many batches at most; 0 for all.
         rows: At most so many rows (tokens, positions) of a batch enter a layer's factors; 0 for
             all.
-        limit_bytes: Memory for the factors; layers beyond it make do with the diagonal.
+        limit_bytes: Memory for all that is kept (factors, gradient, diagonal) and for vectors of
+            parameters, besides the model and the values of one batch; what is kept beyond it is in
+            memory-mapped files. By default what the calibration says, or 2 GiB.
     """
 
     name: ClassVar[str] = "hessian-sensitivity"
 
-    method: Method = field(default="kfac", metadata={"help": "what predictions use"})
+    method: Method = field(default="auto", metadata={"help": "what predictions use"})
     samples: int = field(default=8, metadata={"help": "probes of the Hessian's trace, in all"})
     draws: int = field(default=1, metadata={"help": "draws per batch for the factors; 0: all"})
+    factors: bool = field(default=True, metadata={"help": "whether to gather Kronecker factors"})
     rescale: bool = field(default=True, metadata={"help": "factors with the trace of the draws"})
     diagonal: Literal["ggn", "fisher", "fisher-per-sample", "hessian"] = field(
         default="ggn", metadata={"help": "which diagonal is kept"}
@@ -66,7 +73,9 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
     )
     batches: int = field(default=0, metadata={"help": "batches to take; 0: all"})
     rows: int = field(default=4096, metadata={"help": "rows of a batch in the factors; 0: all"})
-    limit_bytes: int = field(default=2**31, metadata={"help": "memory for the factors"})
+    limit_bytes: int | None = field(
+        default=None, metadata={"help": "memory for what is kept; the rest is in files"}
+    )
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -76,7 +85,7 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
         """
         super().__post_init__()
         for option in ("samples", "draws", "batches", "rows", "limit_bytes"):
-            if getattr(self, option) < 0:
+            if (getattr(self, option) or 0) < 0:
                 raise OptionError(f"{option} of {self.name} must not be negative")
         if self.diagonal == "hessian" and not self.samples:
             raise OptionError(
@@ -106,9 +115,6 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
         assert scoring.nodes  # kept: the axis terms know the nodes of this program
         scoring.program = objective.program  # whose tensors stay what they are now
         found = Sweep(objective, self._plan()).run()
-        if self.diagonal == "fisher-per-sample":
-            moments = collect_gradients(objective.program, objective.ctx, per_sample=True)
-            found.diagonal = {n: m.squares / m.count for n, m in moments.items()}
         return Sensitivity(
             objective=objective,
             method=self.method,
@@ -130,14 +136,14 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
 
     def statistics(self, result: Sensitivity) -> dict[str, int | float]:
         """The loss, the trace with its error, and how many layers have factors."""
-        trace = result.trace()
         numbers: dict[str, int | float] = {
             "loss": result.loss,
-            "trace": trace.value,
-            "trace_error": trace.standard_error,
             "layers": len(result.layers),
             "parameters": len(result.objective.names),
         }
+        if result.has_trace:
+            trace = result.trace()
+            numbers |= {"trace": trace.value, "trace_error": trace.standard_error}
         if result.extremes:
             numbers["top"] = max(top for top, _ in result.extremes.values())
             numbers["bottom"] = min(bottom for _, bottom in result.extremes.values())
@@ -158,9 +164,9 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
 
     def _plan(self) -> Plan:
         return Plan(
-            factors=True,
-            diagonal="fisher" if self.diagonal == "fisher-per-sample" else self.diagonal,
-            draws=self.draws,
+            factors=self.factors,
+            diagonal=self.diagonal,
+            draws=self.draws if self.factors or self.diagonal == "ggn" else None,
             probes=self.samples,
             mode=self.mode,
             rows=self.rows,
@@ -169,12 +175,18 @@ class HessianSensitivity(DataAnalysis[Sensitivity]):
 
     def _extremes(self, objective: Objective) -> dict[str, tuple[float, float]]:
         found = {}
+        limit = Calibration.of(objective.ctx.calibration, limit_bytes=self.limit_bytes).limit_bytes
         for name in objective.names:
             objective.ctx.report(f"curvature: spectrum of {name}")
             one = objective.only([name])
             products = Products(one, "hessian", self.mode)
             values = eigenvalues(
-                products, one.parameters(), count=2, end="both", seed=objective.ctx.seed
+                products,
+                one.parameters(),
+                count=2,
+                end="both",
+                seed=objective.ctx.seed,
+                room=limit,
             )
             found[name] = (values[0], values[-1])
         return found

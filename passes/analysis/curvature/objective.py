@@ -15,7 +15,7 @@ from torchlathe.ir import InputError, OptionError, PreconditionError, Program
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.statistics.losses import check_loss, loss_of
-from torchlathe.passes.statistics.running import flat_batches
+from torchlathe.passes.statistics.running import count_batches, flat_batches
 
 __all__ = ["Batch", "Objective", "Vector"]
 
@@ -108,7 +108,8 @@ class Objective:
             yield Batch(index, given, flat)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        known = count_batches(self.ctx, self.limit)
+        return sum(1 for _ in self) if known is None else known
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:

@@ -75,7 +75,9 @@ class OutputHessian:
             for h, v in zip(found, vectors, strict=True)
         ]
 
-    def root(self, vectors: Sequence[torch.Tensor], steps: int = _STEPS) -> list[torch.Tensor]:
+    def root(
+        self, vectors: Sequence[torch.Tensor], steps: int = _STEPS, room: int | None = None
+    ) -> list[torch.Tensor]:
         """``H^(1/2) v`` by Lanczos; what is negative in H counts as zero.
 
         Exact where H has no more than ``steps`` distinct eigenvalues on the vector, as the scaled
@@ -83,18 +85,31 @@ class OutputHessian:
 
         Args:
             vectors: One tensor per head.
-            steps: Products with H, and vectors kept; of all heads together.
+            steps: Products with H.
+            room: Bytes that the vectors of all steps may take together. Where that is too little,
+                each is made twice and none is kept.
         """
         flat = torch.cat([v.flatten() for v in vectors])
         norm = flat.norm()
         if not norm:
             return list(vectors)
-        basis = [flat / norm]
+        size = min(steps, flat.numel())
+        if room is not None and size * flat.numel() * flat.element_size() > room:
+            return self._cut(norm * self._root_in_passes(flat / norm, size))
+        basis, diagonal, beside = self._lanczos(flat / norm, size)
+        stacked = torch.stack(basis)
+        return self._cut(norm * (_root_weights(diagonal, beside).to(stacked) @ stacked))
+
+    def _lanczos(
+        self, start: torch.Tensor, steps: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """An orthonormal basis, and the tridiagonal matrix in it."""
+        basis = [start]
         diagonal: list[torch.Tensor] = []
         beside: list[torch.Tensor] = []
-        scale = torch.zeros_like(norm)
-        for _ in range(min(steps, flat.numel())):
-            product = torch.cat([h.flatten() for h in self(self._cut(basis[-1]))])
+        scale = start.new_zeros(())
+        for _ in range(steps):
+            product = self._flat(basis[-1])
             diagonal.append(torch.dot(product, basis[-1]))
             scale = torch.maximum(scale, product.norm())
             for _ in range(2):  # twice is enough to stay orthogonal
@@ -105,16 +120,57 @@ class OutputHessian:
                 break
             beside.append(rest)
             basis.append(product / rest)
-        size = len(diagonal)
-        small = torch.diag(torch.stack(diagonal))
-        if size > 1:
-            off = torch.diag(torch.stack(beside[: size - 1]), 1)
-            small = small + off + off.T
-        values, turned = torch.linalg.eigh(small.double())
-        weights = turned @ (values.clamp_min(0).sqrt() * turned[0])
-        stacked = torch.stack(basis[:size])
-        return self._cut(norm * (weights.to(stacked.dtype) @ stacked))
+        return basis[: len(diagonal)], diagonal, beside
+
+    def _root_in_passes(self, start: torch.Tensor, steps: int) -> torch.Tensor:
+        """The same with three vectors: once for the matrix, and again for the sum.
+
+        Not made orthogonal to all before, later vectors repeat directions that have converged,
+        which takes steps and no accuracy (Druskin and Knizhnerman 1991).
+        """
+        diagonal: list[torch.Tensor] = []
+        beside: list[torch.Tensor] = []
+        total = torch.zeros_like(start)
+        weights: torch.Tensor | None = None
+        for _ in range(2):
+            before, vector = torch.zeros_like(start), start
+            scale = start.new_zeros(())
+            for step in range(steps if weights is None else len(weights)):
+                if weights is not None:
+                    total = total + weights[step] * vector
+                product = self._flat(vector)
+                scale = torch.maximum(scale, product.norm())
+                along = torch.dot(product, vector)
+                product = product - along * vector
+                if step:
+                    product = product - beside[step - 1] * before
+                rest = product.norm()
+                if weights is None:
+                    diagonal.append(along)
+                    beside.append(rest)
+                if rest <= 32 * torch.finfo(rest.dtype).eps * scale:
+                    break
+                before, vector = vector, product / rest
+            if weights is None:
+                weights = _root_weights(diagonal, beside).to(start)
+        return total
+
+    def _flat(self, vector: torch.Tensor) -> torch.Tensor:
+        """``H v`` of all heads as one vector."""
+        return torch.cat([h.flatten() for h in self(self._cut(vector))])
 
     def _cut(self, flat: torch.Tensor) -> list[torch.Tensor]:
         pieces = flat.split([shape.numel() for shape in self.shapes])
         return [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+def _root_weights(diagonal: Sequence[torch.Tensor], beside: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The first column of the root of a tridiagonal matrix; float64."""
+    small = torch.diag(torch.stack(list(diagonal)))
+    size = len(small)
+    if size > 1:
+        off = torch.diag(torch.stack(list(beside[: size - 1])), 1)
+        small = small + off + off.T
+    values, turned = torch.linalg.eigh(small.double())
+    weights: torch.Tensor = turned @ (values.clamp_min(0).sqrt() * turned[0])
+    return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from torchlathe.ir import OptionError
-from torchlathe.passes.analysis.curvature.costs import Over, pair_costs, parts_of
+from torchlathe.passes.analysis.curvature.blocks import Block
+from torchlathe.passes.analysis.curvature.costs import Over, pair_costs, parts_of, sliced
 from torchlathe.passes.analysis.curvature.deltas import erase_delta
 from torchlathe.passes.analysis.curvature.drawn import drawn_quadratics
 from torchlathe.passes.analysis.curvature.factors import LayerCurvature
@@ -25,7 +26,7 @@ from torchlathe.passes.importance.criterion import Scoring
 
 __all__ = ["Method", "Prediction", "Sensitivity"]
 
-Method: TypeAlias = Literal["kfac", "diagonal", "drawn", "ggn", "hessian"]
+Method: TypeAlias = Literal["auto", "kfac", "diagonal", "drawn", "ggn", "hessian"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class Sensitivity:
         """Of the curvature with respect to a parameter, in its shape."""
         return self._found.diagonal[self._name(name)]
 
+    @property
+    def has_trace(self) -> bool:
+        """Whether there are samples of the trace of either matrix."""
+        return bool(self._found.hessian_samples or self._found.ggn_samples)
+
     def trace(self, *names: str, matrix: Matrix | None = None) -> TraceEstimate:
         """Of the block of these parameters together; of all, if none is named.
 
@@ -142,14 +148,16 @@ class Sensitivity:
 
         Args:
             delta: Per parameter, ``after - before`` in its shape.
-            method: "kfac" (the diagonal where a tensor has no factors) and "diagonal" cost no run;
-                "hessian" and "ggn" run over the data, and neglect nothing of second order ("ggn"
-                the network's own curvature); "drawn" estimates "ggn" from random vectors.
+            method: "auto" is "ggn". "kfac" (the diagonal where a tensor has no factors) and
+                "diagonal" cost no run; "hessian" and "ggn" run over the data, and neglect nothing
+                of second order ("ggn" the network's own curvature); "drawn" estimates "ggn" from
+                random vectors.
 
         Raises:
             OptionError: A name or a shape that is not a parameter's.
         """
         method = method or self.method
+        method = "ggn" if method == "auto" else method
         given = self._checked(delta)
         if method in ("hessian", "ggn"):
             return self._exact(given, "hessian" if method == "hessian" else "ggn", method)
@@ -177,26 +185,54 @@ class Sensitivity:
         Args:
             family: One of the program's, or its name.
             over: Which slices are zeroed, see `erase`.
-            method: As for `predict`; "hessian" and "ggn" run over the data once per unit, "drawn"
-                once for all of them.
+            method: As for `predict`, but "auto" is "drawn". "hessian" and "ggn" run over the data
+                once per unit, "drawn" once for all of them.
 
         Returns:
             Shape (extent,), float64 on the CPU.
         """
-        family = self._family(family)
+        (found,) = self.costs_of([family], over, method).values()
+        return found
+
+    def costs_of(
+        self,
+        families: Iterable[Family | str],
+        over: Over = "writers",
+        method: Method | None = None,
+    ) -> dict[Family, torch.Tensor]:
+        """`unit_costs` of several families; "drawn" runs over the data once for all together."""
+        chosen = [self._family(family) for family in families]
         method = method or self.method
+        if method in ("auto", "drawn"):
+            return self._drawn_costs(chosen, over)
         if method in ("hessian", "ggn"):
-            deltas = [self.erase(family, [unit], over) for unit in range(family.extent)]
-            found = [self.predict(delta, method).total for delta in deltas]
-            return torch.tensor(found, dtype=torch.float64)
-        total = torch.zeros(family.extent, dtype=torch.float64)
+            each = [[self.erase(f, [unit], over) for unit in range(f.extent)] for f in chosen]
+            found = [[self.predict(d, method).total for d in deltas] for deltas in each]
+            costs = [torch.tensor(numbers, dtype=torch.float64) for numbers in found]
+        else:
+            costs = [self._stored_costs(family, over, method) for family in chosen]
+        return dict(zip(chosen, costs, strict=True))
+
+    def _drawn_costs(self, families: Sequence[Family], over: Over) -> dict[Family, torch.Tensor]:
+        parts = {f: parts_of(f, self.objective.names, over) for f in families}
+        costs = {f: -self._slopes(f, mine, self._found.gradient) for f, mine in parts.items()}
+        owned = {part.name for mine in parts.values() for part in mine}
+        if owned:
+            squares = drawn_quadratics(
+                self.objective.only(owned),
+                lambda s: torch.cat([self._slopes(f, mine, s) for f, mine in parts.items()]),
+            )
+            pieces = squares.split([family.extent for family in families])
+            for family, piece in zip(families, pieces, strict=True):
+                costs[family] = costs[family] + piece / 2
+        return costs
+
+    def _stored_costs(self, family: Family, over: Over, method: Method) -> torch.Tensor:
+        """From Kronecker factors and the diagonal, without a run."""
         parts = parts_of(family, self.objective.names, over)
         owned = {part.name for part in parts}
         done: set[str] = set()
-        total -= self._slopes(family, parts, self._found.gradient)
-        if method == "drawn" and parts:
-            objective = self.objective.only(owned)
-            return total + drawn_quadratics(objective, lambda s: self._slopes(family, parts, s)) / 2
+        total = -self._slopes(family, parts, self._found.gradient)
         for part in parts:
             costs = None
             if method == "kfac":
@@ -272,6 +308,47 @@ class Sensitivity:
             tolerance=tolerance,
         )
 
+    def family_trace(
+        self, family: Family | str, matrix: Matrix = "hessian", samples: int = 2
+    ) -> TraceEstimate:
+        """Hutchinson's estimate for the block of all that a family owns; runs over the data.
+
+        Args:
+            family: One of the program's, or its name.
+            matrix: Of which.
+            samples: Probes on each batch.
+
+        Raises:
+            OptionError: The family owns no parameter whose curvature is known.
+        """
+        return self._block(family).trace(matrix, self.mode, samples)
+
+    def family_eigenvalues(
+        self,
+        family: Family | str,
+        *,
+        count: int = 1,
+        end: End = "top",
+        matrix: Matrix = "hessian",
+        tolerance: float = 1e-3,
+    ) -> list[float]:
+        """`eigenvalues` of the block of all that a family owns.
+
+        Raises:
+            OptionError: The family owns no parameter whose curvature is known.
+            UnsupportedError: Lanczos does not converge.
+        """
+        block = self._block(family)
+        products = Products(block.objective, matrix, self.mode)
+        return eigenvalues(
+            lambda vector: block.product(products, vector),
+            block.like,
+            count=count,
+            end=end,
+            seed=self.objective.ctx.seed,
+            tolerance=tolerance,
+        )
+
     # -- parts -----------------------------------------------------------------------------------
 
     def _exact(self, delta: Vector, matrix: Matrix, method: Method) -> Prediction:
@@ -316,6 +393,17 @@ class Sensitivity:
             done |= {part.name} | ({bias} if bias is not None else set())
             total = costs if total is None else total + costs
         return total
+
+    def _block(self, family: Family | str) -> Block:
+        family = self._family(family)
+        chosen: Vector = {}
+        for part in parts_of(family, self.objective.names, "all"):
+            tensor = self._scoring.tensor(part.name)
+            mine = sliced(tensor, part.axis, self._scoring.owner(family, part) >= 0)
+            chosen[part.name] = chosen[part.name] | mine if part.name in chosen else mine
+        if not chosen:
+            raise OptionError(f"{family.name} owns no parameter whose curvature is known")
+        return Block(self.objective.only(chosen), chosen)
 
     def _slopes(
         self, family: Family, parts: Sequence[ParameterSlice], vector: Mapping[str, torch.Tensor]

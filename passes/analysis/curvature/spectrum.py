@@ -9,6 +9,7 @@ import torch
 
 from torchlathe.ir import UnsupportedError
 from torchlathe.passes.analysis.curvature.objective import Vector
+from torchlathe.passes.statistics.storage import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["End", "dense", "eigenvalues"]
 
 End: TypeAlias = Literal["top", "bottom", "both"]
-_SMALL = 12  # so few dimensions are computed whole
+_SMALL = 24  # so few dimensions are computed whole
 
 
 def dense(
@@ -44,6 +45,7 @@ def eigenvalues(
     end: End = "top",
     seed: int = 0,
     tolerance: float = 1e-3,
+    room: int | None = None,
 ) -> list[float]:
     """Eigenvalues at the ends of the spectrum of a symmetric matrix, in descending order.
 
@@ -54,6 +56,8 @@ def eigenvalues(
         end: Which end.
         seed: Of the first vector.
         tolerance: Accuracy of the values, relative to the matrix' norm.
+        room: Bytes for the vectors of Lanczos, 2 GiB by default: 20 of them, or fewer and the more
+            restarts.
 
     Raises:
         UnsupportedError: It does not converge.
@@ -77,6 +81,7 @@ def eigenvalues(
     shift = _norm(matvec, start)
     if not shift:
         return [0.0] * count
+    vectors = (DEFAULT_LIMIT if room is None else room) // (8 * size) - 5  # ARPACK's own
     found: list[float] = []
     halves = {"top": (count, 0), "bottom": (0, count), "both": (count - count // 2, count // 2)}
     for sign, wanted in zip((1.0, -1.0), halves[end], strict=True):
@@ -94,6 +99,7 @@ def eigenvalues(
                     which="LA",
                     v0=start,
                     tol=tolerance,
+                    ncv=min(size, max(wanted + 3, min(vectors, max(20, 2 * wanted + 1)))),
                     return_eigenvectors=False,
                 )
             except ArpackNoConvergence as error:

@@ -2,13 +2,15 @@
 
 For each batch one run forward serves: vectors drawn from the Gauss-Newton matrix (one pass back
 each; they give K-FAC's factors, the diagonal and a trace), the gradient (one pass back), and
-Hutchinson's probes of the Hessian (one pass back through that pass each).
+Hutchinson's probes of the Hessian (one pass back through that pass each). What a pass back finds is
+added up as it arrives, so that no whole vector of gradients is alive.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -16,21 +18,34 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import fx
 
-from torchlathe.ir import describe
-from torchlathe.ir.axes import rule_of
-from torchlathe.ir.axes.rules.contraction import Convolution
 from torchlathe.passes.analysis.curvature.objective import Batch, Objective, Vector
 from torchlathe.passes.analysis.curvature.outputs import OutputHessian
-from torchlathe.passes.analysis.curvature.products import Again, Mode, Products
+from torchlathe.passes.analysis.curvature.products import Mode, Products
+from torchlathe.passes.analysis.curvature.sums import (
+    LayerSums,
+    ParameterSums,
+    grouped,
+    largest,
+    layer_sums,
+)
 from torchlathe.passes.analysis.curvature.traces import rademacher
-from torchlathe.passes.base import Diagnostic
+from torchlathe.passes.statistics.accumulators import Accumulator, Samples
+from torchlathe.passes.statistics.calibration import Calibration
+from torchlathe.passes.statistics.gradients import samples_of
 from torchlathe.passes.statistics.layers import LayerMoments
-from torchlathe.passes.statistics.moments import Moments
-from torchlathe.passes.statistics.readers import Reader, patches, readers_of, unfolds
+from torchlathe.passes.statistics.readers import Reader
+from torchlathe.passes.statistics.saving import callable_text
+from torchlathe.passes.statistics.storage import DEFAULT_LIMIT, MatrixStore
+from torchlathe.passes.statistics.streaming import Stream
 
 __all__ = ["Diagonal", "Findings", "Plan", "Sweep"]
 
-Diagonal: TypeAlias = Literal["ggn", "fisher", "hessian"]
+Consumer: TypeAlias = Callable[[str, torch.Tensor], None]
+Diagonal: TypeAlias = Literal["ggn", "fisher", "fisher-per-sample", "hessian"]
+
+# Of the memory: for the vectors of the Hessian of the outputs, and for one vector of a probe, of
+# which two are alive: the signs, and the gradient that is derived again.
+_ROOT_SHARE, _PROBE_SHARE = 8, 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,8 @@ class Plan:
         probes: Hutchinson's probes of the Hessian, in all, spread evenly over the batches.
         mode: How products with the Hessian are computed.
         rows: At most so many rows of a batch enter a layer's factors; 0 for all.
-        limit_bytes: Memory for all factors; layers beyond it have none.
+        limit_bytes: Memory for all that is kept and for vectors of parameters; what is kept beyond
+            it is in files. None for what the calibration says.
     """
 
     factors: bool = True
@@ -54,7 +70,7 @@ class Plan:
     probes: int = 0
     mode: Mode = "reverse"
     rows: int = 0
-    limit_bytes: int = 2**31
+    limit_bytes: int | None = None
 
 
 @dataclass
@@ -68,6 +84,7 @@ class Findings:
         layers: Moments by node, with the gradients drawn from the Gauss-Newton matrix.
         hessian_samples: Per parameter and batch, samples of the trace of the Hessian's block.
         ggn_samples: The same of the Gauss-Newton matrix.
+        spilled_bytes: How much of it is in files.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -76,6 +93,22 @@ class Findings:
     layers: dict[fx.Node, LayerMoments] = field(default_factory=dict)
     hessian_samples: dict[str, list[list[float]]] = field(default_factory=dict)
     ggn_samples: dict[str, list[list[float]]] = field(default_factory=dict)
+    spilled_bytes: int = 0
+
+
+@dataclass
+class _Draw:
+    """The vector that is on its way back.
+
+    Attributes:
+        share: What its squares count.
+        first: Whether it is the first of its batch.
+        squares: Its squared norm at each parameter.
+    """
+
+    share: float
+    first: bool
+    squares: dict[str, float] = field(default_factory=dict)
 
 
 class Sweep:
@@ -84,140 +117,245 @@ class Sweep:
     def __init__(self, objective: Objective, plan: Plan) -> None:
         self.objective = objective
         self.plan = plan
-        self.found = Findings()
-        self._count = 0
-        self._layers: dict[Reader, tuple[Moments, Moments]] = {}
-        self._inputs: dict[fx.Node, list[tuple[Moments, Callable[..., torch.Tensor]]]] = {}
+        self.setting = Calibration.of(objective.ctx.calibration, limit_bytes=plan.limit_bytes)
+        limit = self.setting.limit_bytes
+        limit = DEFAULT_LIMIT if limit is None else limit
+        parameters = objective.parameters()
+        self.root_bytes = limit // _ROOT_SHARE
+        # Where every tensor would be a group of its own there is nothing more to save.
+        self.groups = grouped(parameters, limit // _PROBE_SHARE)
+        working = largest(parameters, self.groups if plan.probes else [(n,) for n in parameters])
+        kept = limit - self.root_bytes - working * (2 if plan.probes else 1)
+        self.store = MatrixStore(max(0, kept), self.setting.spill)
+        self.losses, self.taken = Samples(), Samples()
+        self.sums = {n: ParameterSums(t, self.store.zeros) for n, t in parameters.items()}
+        self.layers = LayerSums()
         if plan.factors and plan.draws is not None:
-            self._plan_layers()
-        self._readers = {reader.node: reader for reader in self._layers}
+            wide = any(t.dtype is torch.float64 for t in parameters.values())
+            dtype = torch.float64 if wide else torch.float32
+            names = objective.names
+            self.layers = layer_sums(objective.program, names, dtype, self.store.zeros)
+        self._readers = {reader.node: reader for reader in self.layers.outputs}
+        self._draw: _Draw | None = None
+        self._forward: dict[tuple[str, ...], Products] = {}
+        self._total = 0
 
     def run(self) -> Findings:
-        """Go over the batches."""
-        total = len(self.objective)
-        for name, tensor in self.objective.parameters().items():
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            self.found.gradient[name] = torch.zeros_like(tensor, dtype=wide)
-            self.found.diagonal[name] = torch.zeros_like(tensor, dtype=wide)
-        for batch in self.objective:
-            self.objective.ctx.report(f"curvature: batch {batch.index + 1}/{total}")
-            reached = [self.plan.probes * (batch.index + i) // total for i in (0, 1)]
-            self._batch(batch, reached[1] - reached[0])
-            self._count += 1
-        probed = min(self._count, self.plan.probes)
-        for name in self.objective.names:
-            self.found.gradient[name] /= self._count
-            self.found.diagonal[name] /= probed if self.plan.diagonal == "hessian" else self._count
-        for reader, (inputs, outputs) in self._layers.items():
-            if outputs.count and inputs.count:  # the loss depends on it
-                moments = LayerMoments(reader, inputs, outputs, unfolds(reader))
-                self.found.layers[reader.node] = moments
-        return self.found
+        """Go over the batches, or over those that an interrupted run has not seen."""
+        objective = self.objective
+        self._total = len(objective)
+        stream = Stream(
+            objective.program,
+            objective.ctx,
+            self.setting,
+            dict(self._accumulators()),
+            [
+                *map(str, (self.plan, self.groups, self._total, objective.ctx.seed)),
+                callable_text(objective.ctx.loss),
+            ],
+            self.store,
+            what="curvature",
+            limit=objective.limit,
+        )
+        stream.run(lambda index, given, flat: self._batch(Batch(index, given, flat)))
+        return self._findings()
+
+    def _accumulators(self) -> Iterator[tuple[str, Accumulator]]:
+        yield "losses", self.losses
+        yield "taken", self.taken
+        for name, sums in self.sums.items():
+            yield f"{name} gradient", sums.gradient
+            yield f"{name} diagonal", sums.diagonal
+            yield f"{name} hessian", sums.hessian
+            yield f"{name} ggn", sums.ggn
+        yield from self.layers.accumulators()
+
+    def _findings(self) -> Findings:
+        found = Findings([loss for batch in self.losses.values for loss in batch])
+        found.spilled_bytes = self.store.spilled_bytes
+        found.layers = self.layers.moments()
+        batches = len(found.losses)
+        counts = {
+            "hessian": min(batches, self.plan.probes),
+            "fisher-per-sample": sum(count for batch in self.taken.values for count in batch),
+        }
+        for name, sums in self.sums.items():
+            found.gradient[name] = sums.gradient.value.div_(batches)
+            count = counts.get(self.plan.diagonal, batches)
+            found.diagonal[name] = sums.diagonal.value.div_(count)
+            if sums.hessian.values:
+                found.hessian_samples[name] = sums.hessian.values
+            if sums.ggn.values:
+                found.ggn_samples[name] = sums.ggn.values
+        return found
 
     # -- a batch ---------------------------------------------------------------------------------
 
-    def _batch(self, batch: Batch, probes: int) -> None:
-        plan, found = self.plan, self.found
+    def _batch(self, batch: Batch) -> None:
+        plan = self.plan
+        reached = [plan.probes * (batch.index + i) // self._total for i in (0, 1)]
+        probes = reached[1] - reached[0]
         generator = torch.Generator().manual_seed(_mixed(self.objective.ctx.seed, batch.index))
-        results: dict[Reader, torch.Tensor] = {}
         with self.objective.running(batch):
             leaves = self.objective.leaves()
-            observe = partial(self._observe, results, generator)
-            inputs = zip(self.objective.program.input_nodes, batch.flat, strict=True)
-            for node, value in inputs:
-                self._observe(results, generator, node, value)
-            outputs = self.objective.outputs(leaves, batch, observe)
+            for node, value in zip(self.objective.program.input_nodes, batch.flat, strict=True):
+                self._observe(generator, node, value)
+            outputs = self.objective.outputs(leaves, batch, partial(self._observe, generator))
             if plan.draws is not None:
-                self._draw(batch, leaves, results, outputs, generator)
+                self._draw_all(batch, leaves, outputs, generator)
             loss = self.objective.loss_from(outputs, batch)
-            del outputs, results
-            again_follows = bool(probes) and plan.mode == "reverse"
-            first = torch.autograd.grad(
-                loss, list(leaves.values()), create_graph=again_follows, allow_unused=True
-            )
-            found.losses.append(float(loss.detach()))
-            for name, gradient in zip(leaves, first, strict=True):
-                if gradient is not None:
-                    found.gradient[name] += gradient.detach()
-                    if plan.diagonal == "fisher":
-                        found.diagonal[name].addcmul_(gradient.detach(), gradient.detach())
-            if again_follows:
-                again = Again(leaves, first)
-                del first, loss
-                self._probe(leaves, probes, generator, again)
+            del outputs
+            self.losses.add(loss)
+            if probes and plan.mode == "reverse":
+                self._probe_again(leaves, loss, probes, generator)
+            else:
+                with _consumed(leaves, self._add_gradient):
+                    torch.autograd.backward(loss, inputs=list(leaves.values()))
+            del loss
         if probes and plan.mode == "forward":
-            forward = Products(self.objective, "hessian", "forward")
-            self._probe(
-                self.objective.parameters(),
-                probes,
-                generator,
-                lambda z, last: next(forward.on_batch(batch, [z])),
-            )
+            self._probe_forward(batch, probes, generator)
+        if plan.diagonal == "fisher-per-sample":
+            self._per_sample(batch)
+
+    def _add_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        self.sums[name].gradient.add(gradient)
+        if self.plan.diagonal == "fisher":
+            self.sums[name].diagonal.add_squares(gradient)
+
+    def _per_sample(self, batch: Batch) -> None:
+        """Squares of the gradients of single samples."""
+        count = 0
+        for given, flat in samples_of(batch.given, batch.flat):
+            one = Batch(batch.index, given, flat)
+            with self.objective.running(one):
+                leaves = self.objective.leaves()
+                loss = self.objective.loss(leaves, one)
+                with _consumed(leaves, lambda name, g: self.sums[name].diagonal.add_squares(g)):
+                    torch.autograd.backward(loss, inputs=list(leaves.values()))
+            count += 1
+        self.taken.add(torch.tensor([count]))
+
+    # -- probes of the Hessian -------------------------------------------------------------------
+
+    def _probe_again(
+        self, leaves: Vector, loss: torch.Tensor, probes: int, generator: torch.Generator
+    ) -> None:
+        """Probes by double backward; the gradient comes with it."""
+        for group in self.groups:
+            mine = {name: leaves[name] for name in group}
+            values = list(mine.values())
+            first = torch.autograd.grad(loss, values, create_graph=True, allow_unused=True)
+            named = {n: g for n, g in zip(mine, first, strict=True) if g is not None}
+            del first
+            for name, gradient in named.items():
+                self._add_gradient(name, gradient.detach())
+            named = {n: g for n, g in named.items() if g.requires_grad}
+
+            def product(
+                signs: Vector,
+                last: bool,
+                use: Consumer,
+                named: Vector = named,
+                mine: Vector = mine,
+            ) -> None:
+                if not named:  # the loss is linear in these parameters
+                    return
+                with _consumed(mine, use):
+                    torch.autograd.backward(
+                        list(named.values()),
+                        [signs[name] for name in named],
+                        retain_graph=not last,
+                        inputs=list(mine.values()),
+                    )
+
+            self._probe(mine, probes, generator, product, group is self.groups[-1])
+
+    def _probe_forward(self, batch: Batch, probes: int, generator: torch.Generator) -> None:
+        """Probes by forward over reverse."""
+        parameters = self.objective.parameters()
+        for group in self.groups:
+            if group not in self._forward:
+                self._forward[group] = Products(self.objective.only(group), "hessian", "forward")
+            products = self._forward[group]
+
+            def product(
+                signs: Vector, last: bool, use: Consumer, products: Products = products
+            ) -> None:
+                found = next(products.on_batch(batch, [signs]))
+                for name, value in found.items():
+                    use(name, value)
+
+            self._probe({n: parameters[n] for n in group}, probes, generator, product, True)
 
     def _probe(
         self,
         like: Vector,
         probes: int,
         generator: torch.Generator,
-        product: Callable[[Vector, bool], Vector],
+        product: Callable[[Vector, bool, Consumer], None],
+        final: bool,
     ) -> None:
         """Hutchinson: ``E[z' H z]`` over signs z is the trace, of every block at once."""
-        samples: dict[str, list[float]] = {name: [] for name in like}
+        samples: dict[str, list[float]] = {name: [0.0] * probes for name in like}
         for number in range(probes):
             signs = {n: rademacher(t.detach(), generator) for n, t in like.items()}
-            found = product(signs, number == probes - 1)
-            for name, value in found.items():
-                value.mul_(signs[name])
-                samples[name].append(float(value.sum(dtype=torch.float64)))
-                if self.plan.diagonal == "hessian":
-                    self.found.diagonal[name].add_(value, alpha=1 / probes)
-        for name, values in samples.items():
-            self.found.hessian_samples.setdefault(name, []).append(values)
 
-    def _draw(
-        self,
-        batch: Batch,
-        leaves: Vector,
-        results: dict[Reader, torch.Tensor],
-        outputs: list[Any],
-        generator: torch.Generator,
+            def use(
+                name: str, value: torch.Tensor, number: int = number, signs: Vector = signs
+            ) -> None:
+                part = value.detach() * signs[name]
+                samples[name][number] = float(part.sum(dtype=torch.float64))
+                if self.plan.diagonal == "hessian":
+                    self.sums[name].diagonal.add(part, weight=1 / probes)
+
+            product(signs, final and number == probes - 1, use)
+        for name, values in samples.items():
+            self.sums[name].hessian.add(torch.tensor(values, dtype=torch.float64))
+
+    # -- vectors drawn from the Gauss-Newton matrix ----------------------------------------------
+
+    def _draw_all(
+        self, batch: Batch, leaves: Vector, outputs: list[Any], generator: torch.Generator
     ) -> None:
         """Vectors with the covariance of the Gauss-Newton matrix, and their gradients at layers."""
         hessian = OutputHessian(self.objective, outputs, batch)
         heads = [outputs[i] for i in hessian.places]
-        readers = [reader for reader, value in results.items() if value.requires_grad]
-        targets = [*leaves.values(), *(results[reader] for reader in readers)]
-        seeds = list(_seeds(heads, self.plan.draws or 0, generator))
-        share = 1 / len(seeds) if self.plan.draws else 1.0
+        draws = self.plan.draws or 0
+        share = 1 / draws if draws else 1.0
         samples: dict[str, list[float]] = {name: [] for name in leaves}
-        for number, seed in enumerate(seeds):
-            drawn = hessian.root(seed)
-            found = torch.autograd.grad(heads, targets, drawn, retain_graph=True, allow_unused=True)
-            for name, value in zip(leaves, found, strict=False):
-                samples[name].append(0.0 if value is None else _square(value))
-                if value is not None and self.plan.diagonal == "ggn":
-                    self.found.diagonal[name].addcmul_(value, value, value=share)
-            for reader, value in zip(readers, found[len(leaves) :], strict=True):
-                if value is not None:
-                    rows, scale = self._thinned(reader.result_rows(value), generator)
-                    weight = math.sqrt(share * scale)
-                    self._layers[reader][1].add(rows * weight, count=int(number == 0))
+        with _consumed(leaves, self._add_drawn):
+            for number, seed in enumerate(_seeds(heads, draws, generator)):
+                # The root runs through heads, at which there may be hooks: nothing is drawn yet.
+                drawn = hessian.root(seed, room=self.root_bytes)
+                self._draw = _Draw(share, number == 0)
+                torch.autograd.backward(
+                    heads, drawn, retain_graph=True, inputs=list(leaves.values())
+                )
+                for name, values in samples.items():
+                    values.append(self._draw.squares.get(name, 0.0))
+                self._draw = None
         for name, values in samples.items():
-            one = values if self.plan.draws else [sum(values)]
-            self.found.ggn_samples.setdefault(name, []).append(one)
+            one = values if draws else [sum(values)]
+            self.sums[name].ggn.add(torch.tensor(one, dtype=torch.float64))
 
-    def _observe(
-        self,
-        results: dict[Reader, torch.Tensor],
-        generator: torch.Generator,
-        node: fx.Node,
-        value: Any,
-    ) -> None:
-        for moments, rows in self._inputs.get(node, ()):
+    def _add_drawn(self, name: str, value: torch.Tensor) -> None:
+        assert self._draw is not None
+        self._draw.squares[name] = _square(value)
+        if self.plan.diagonal == "ggn":
+            self.sums[name].diagonal.add_squares(value, weight=self._draw.share)
+
+    def _observe(self, generator: torch.Generator, node: fx.Node, value: Any) -> None:
+        for moments, rows in self.layers.observed.get(node, ()):
             moments.add(self._thinned(rows(value.detach()), generator)[0])
         reader = self._readers.get(node)
-        if reader is not None:
-            results[reader] = value
+        if reader is not None and value.requires_grad:
+            value.register_hook(partial(self._add_result, reader, generator))
+
+    def _add_result(self, reader: Reader, generator: torch.Generator, value: torch.Tensor) -> None:
+        if self._draw is not None:
+            rows, scale = self._thinned(reader.result_rows(value), generator)
+            weight = math.sqrt(self._draw.share * scale)
+            self.layers.outputs[reader].add(rows * weight, count=int(self._draw.first))
 
     def _thinned(
         self, rows: torch.Tensor, generator: torch.Generator
@@ -229,59 +367,29 @@ class Sweep:
         chosen = torch.randperm(count, generator=generator)[: self.plan.rows]
         return rows[:, chosen.to(rows.device)], count / self.plan.rows
 
-    # -- layers ----------------------------------------------------------------------------------
 
-    def _plan_layers(self) -> None:
-        names = set(self.objective.names)
-        program = self.objective.program
-        found = [r for r in readers_of(program).values() if r.weight in names and _factored(r)]
-        shared: dict[tuple[Any, ...], Moments] = {}
-        used, left_out = 0, []
-        dtype = torch.float64 if self._wide() else torch.float32
-        for reader in found:
-            # Layers that read one value in the same way share its moments.
-            key: tuple[Any, ...] = (reader.operand, reader.data_axes, reader.groups, reader.read)
-            if unfolds(reader):
-                key = (reader,)
-            ins, outs = _sizes(reader, program.entries[reader.weight].tensor)
-            size = dtype.itemsize * (outs + (0 if key in shared else ins))
-            if used + size > self.plan.limit_bytes:
-                left_out.append(reader)
-                continue
-            used += size
-            if key not in shared:
-                shared[key] = Moments(matrix=True, dtype=dtype)
-                rows = partial(patches, reader) if unfolds(reader) else reader.data_rows
-                self._inputs.setdefault(reader.operand, []).append((shared[key], rows))  # type: ignore[arg-type]
-            self._layers[reader] = (shared[key], Moments(matrix=True, dtype=dtype))
-        if left_out:
-            message = (
-                f"{len(left_out)} of {len(found)} layers have no factors, for those of all would "
-                f"take more than limit_bytes={self.plan.limit_bytes}; their diagonal is used"
-            )
-            place = describe(left_out[0].node)
-            self.objective.ctx.tell(Diagnostic("warning", message, left_out[0].weight, place))
+@contextmanager
+def _consumed(leaves: Mapping[str, torch.Tensor], use: Consumer) -> Iterator[None]:
+    """Within, what a pass back finds at a leaf is used at once, and is gone."""
 
-    def _wide(self) -> bool:
-        return any(t.dtype is torch.float64 for t in self.objective.parameters().values())
+    def arrived(name: str, leaf: torch.Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is not None:
+            use(name, gradient)
 
-
-def _factored(reader: Reader) -> bool:
-    """Whether the weight has the rows of the layer's result: all but unusual convolutions."""
-    return unfolds(reader) or not isinstance(rule_of(reader.node), Convolution)
-
-
-def _sizes(reader: Reader, weight: torch.Tensor) -> tuple[int, int]:
-    """Elements of A and of G."""
-    matrix = LayerMoments(reader, Moments(), None, unfolds(reader)).weight_matrix(
-        torch.empty(weight.shape, device="meta")
-    )
-    groups, outs, features = matrix.shape
-    return groups * features**2, groups * outs**2
+    handles = [
+        leaf.register_post_accumulate_grad_hook(partial(arrived, name))
+        for name, leaf in leaves.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _seeds(
-    heads: list[torch.Tensor], draws: int, generator: torch.Generator
+    heads: Sequence[torch.Tensor], draws: int, generator: torch.Generator
 ) -> Iterator[list[torch.Tensor]]:
     """Vectors of outputs: signs, or each output of a sample in turn with a sign per sample."""
     for _ in range(draws):

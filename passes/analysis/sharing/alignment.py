@@ -6,6 +6,8 @@ same slices of corresponding layers (their tensors' names are equal but for numb
 with each other: the pair of layers that agrees best first, along a maximum spanning tree, so that
 copies of one template meet each other and not a third layer.
 
+Where the curvature is known, units are matched by what it costs to merge them.
+
 Source: own; each match is that of Git Re-Basin (arXiv 2209.04836), see
 `torchlathe.passes.analysis.gauge`.
 """
@@ -21,7 +23,7 @@ from torch import fx
 from torchlathe.ir import Program, TensorKind
 from torchlathe.ir.axes import AxisTerms, Term
 from torchlathe.passes.analysis.families import Families, Family, ZeroInvariantGroups
-from torchlathe.passes.analysis.gauge import balanced_scales, match_units
+from torchlathe.passes.analysis.gauge import balanced_scales, match_units, merging_costs
 from torchlathe.passes.analysis.sharing.candidates import role_of
 from torchlathe.passes.rewrite.erasing.units import unit_indices
 
@@ -114,17 +116,25 @@ def corresponding_families(
             yield tuple(members)
 
 
-def align_layers(program: Program, weights: Sequence[str], *, scales: bool = True) -> Gauge:
+def align_layers(
+    program: Program,
+    weights: Sequence[str],
+    *,
+    scales: bool = True,
+    curvature: Mapping[str, torch.Tensor] | None = None,
+) -> Gauge:
     """Align all corresponding families of some layers.
 
     Args:
         program: The program; it is only read.
         weights: Names of the layers' weights.
         scales: Whether to balance the scales of ReLU units first.
+        curvature: Of some tensors, by name and element, to weigh distances by; by default all
+            tensors count the same.
     """
     families = program.analysis(ZeroInvariantGroups)
     groups = list(corresponding_families(program, families, weights))
-    work = _Work(program, families)
+    work = _Work(program, families, curvature or {})
     if scales:
         for group in groups:
             if all(_homogeneous(program, families, family) for family in group):
@@ -152,8 +162,11 @@ def _homogeneous(program: Program, families: Families, family: Family) -> bool:
 class _Work:
     """Tensors on their way to one gauge."""
 
-    def __init__(self, program: Program, families: Families) -> None:
+    def __init__(
+        self, program: Program, families: Families, curvature: Mapping[str, torch.Tensor]
+    ) -> None:
         self.program = program
+        self.curvature = dict(curvature)
         self.terms = program.analysis(AxisTerms)
         self.nodes = program.tensor_nodes
         self.families = families
@@ -176,15 +189,17 @@ class _Work:
         found = self.tensors.get(name)
         return self.program.tensor(name).detach() if found is None else found
 
-    def units(self, family: Family) -> list[torch.Tensor]:
-        """What each unit owns of each parameter: (units, elements), parameters by role."""
-        found = []
+    def units(self, family: Family) -> _Units:
+        """What each unit owns of each parameter, parameters by role."""
+        tensors: list[torch.Tensor] = []
+        curvatures: list[torch.Tensor | None] = []
         for part in sorted(family.slices, key=lambda p: (role_of(p.name), p.axis)):
             if part.kind is TensorKind.PARAMETER:
-                rows = self.get(part.name).movedim(part.axis, 0)
                 places = self._places(family, part.name, part.axis)
-                found.append(rows[places].reshape(family.extent, -1).double())
-        return found
+                tensors.append(_by_unit(self.get(part.name), part.axis, places))
+                known = self.curvature.get(part.name)
+                curvatures.append(None if known is None else _by_unit(known, part.axis, places))
+        return _Units(tensors, curvatures)
 
     def balance(self, family: Family) -> None:
         """Give writers and readers of each unit one length."""
@@ -195,27 +210,26 @@ class _Work:
             tensor = self.get(part.name)
             shape = [-1 if axis == part.axis else 1 for axis in range(tensor.dim())]
             factor = scales if part.writes else 1 / scales
-            self.tensors[part.name] = (tensor.double() * factor.reshape(shape)).to(tensor.dtype)
+            factor = factor.reshape(shape)
+            self.tensors[part.name] = (tensor.double() * factor).to(tensor.dtype)
+            if part.name in self.curvature:
+                self.curvature[part.name] = self.curvature[part.name] / factor.square()
         self.scaled.append(family.name)
 
     def align(self, group: Sequence[Family]) -> bool:
         """Permute every family but one of a group; whether anything moved."""
         owned = [self.units(family) for family in group]
-        scale = [
-            max(float(t.square().mean()) for t in tensors) ** 0.5 or 1.0
-            for tensors in zip(*owned, strict=True)
-        ]
-        # Without this, the tensor of the largest numbers would decide alone.
-        owned = [[t / s for t, s in zip(tensors, scale, strict=True)] for tensors in owned]
+        for each in owned:
+            each.weigh(owned)
         moved = False
         key = group[0].name
         if key not in self.trees:  # finding it takes a match for every pair
             self.trees[key] = _tree(owned)
         for parent, child in self.trees[key]:
-            order = match_units(owned[parent], owned[child])
+            order = owned[parent].match(owned[child])
             if torch.equal(order, torch.arange(len(order))):
                 continue
-            owned[child] = [tensor[order] for tensor in owned[child]]
+            owned[child].permute(order)
             self.permute(group[child], order)
             moved = True
         return moved
@@ -228,6 +242,9 @@ class _Work:
             index = torch.arange(tensor.shape[part.axis])
             index[places.flatten()] = places[order].flatten()
             self.tensors[part.name] = tensor.index_select(part.axis, index.to(tensor.device))
+            if part.name in self.curvature:
+                known = self.curvature[part.name]
+                self.curvature[part.name] = known.index_select(part.axis, index.to(known.device))
         before = self.orders.get(family.name, torch.arange(len(order)))
         self.orders[family.name] = before[order]
 
@@ -239,17 +256,78 @@ class _Work:
         return unit_places(term, family.atom.number, family.extent)
 
 
-def _tree(owned: Sequence[Sequence[torch.Tensor]]) -> list[tuple[int, int]]:
-    """(parent, child) along the maximum spanning tree of agreement, grown from the best pair."""
+def _by_unit(tensor: torch.Tensor, axis: int, places: torch.Tensor) -> torch.Tensor:
+    """Shape (units, elements) float64."""
+    return tensor.movedim(axis, 0)[places].reshape(len(places), -1).double()
+
+
+class _Units:
+    """What each unit of a family owns, and its curvature.
+
+    Args:
+        tensors: Per parameter, (units, elements) float64.
+        known: Their curvature in the same shapes, where it is known.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], known: Sequence[torch.Tensor | None]) -> None:
+        self.tensors = tensors
+        self.known = known
+        self.curvatures: list[torch.Tensor] = []
+
+    def weigh(self, group: Sequence[_Units]) -> None:
+        """Fill in what is not known, alike in all families of a group.
+
+        A parameter without curvature counts as much as one with it does on average; without this,
+        the tensor of the largest numbers would decide alone.
+        """
+        sizes = [
+            max(float(each.tensors[i].square().mean()) for each in group) or 1.0
+            for i in range(len(self.tensors))
+        ]
+        kept = [i for i in range(len(sizes)) if all(e.known[i] is not None for e in group)]
+        costs = [
+            float((each.known[i] * each.tensors[i].square()).sum())  # type: ignore[operator]
+            for i in kept
+            for each in group
+        ]
+        each_cost = sum(costs) / len(costs) if costs else 1.0
+        self.curvatures = []
+        for i, (tensor, known) in enumerate(zip(self.tensors, self.known, strict=True)):
+            if i in kept:
+                assert known is not None
+                self.curvatures.append(known.to(tensor))
+            else:
+                plain = (each_cost or 1.0) / (sizes[i] * tensor.numel())
+                self.curvatures.append(torch.full_like(tensor, plain))
+
+    def match(self, other: _Units) -> torch.Tensor:
+        """The order of the other's units that costs least."""
+        return match_units(self.tensors, other.tensors, (self.curvatures, other.curvatures))
+
+    def permute(self, order: torch.Tensor) -> None:
+        """Put unit ``order[i]`` in the place of unit i."""
+        self.tensors = [tensor[order] for tensor in self.tensors]
+        self.curvatures = [tensor[order] for tensor in self.curvatures]
+
+    def cost(self, other: _Units, order: torch.Tensor) -> float:
+        """Of merging with the other in an order, relative to leaving both out."""
+        pairs = merging_costs(self.tensors, other.tensors, (self.curvatures, other.curvatures))
+        return float(pairs[torch.arange(len(order)), order].sum()) / (self._size + other._size)
+
+    @property
+    def _size(self) -> float:
+        both = zip(self.tensors, self.curvatures, strict=True)
+        return sum(float((h * t.square()).sum()) for t, h in both) or 1.0
+
+
+def _tree(owned: Sequence[_Units]) -> list[tuple[int, int]]:
+    """(parent, child) along the tree of the least costs of merging, grown from the best pair."""
     count = len(owned)
-    norms = [float(sum(t.square().sum() for t in tensors)) ** 0.5 or 1.0 for tensors in owned]
     agreement = torch.full((count, count), -torch.inf, dtype=torch.float64)
     for i in range(count):
         for j in range(i + 1, count):
-            order = match_units(owned[i], owned[j])
-            pairs = zip(owned[i], owned[j], strict=True)
-            inner = sum(float((a * b[order]).sum()) for a, b in pairs)
-            agreement[i, j] = agreement[j, i] = inner / (norms[i] * norms[j])
+            order = owned[i].match(owned[j])
+            agreement[i, j] = agreement[j, i] = -owned[i].cost(owned[j], order)
     edges: list[tuple[int, int]] = []
     # The first of the best pair is the reference of all.
     reached = [int(agreement.max(dim=1).values.argmax())]

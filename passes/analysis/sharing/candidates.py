@@ -12,18 +12,21 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from torchlathe.ir import OptionError, Program
+from torchlathe.ir import OptionError, Program, TensorKind
+from torchlathe.ir.axes.rule import argument
+from torchlathe.ir.provenance import info
 from torchlathe.passes.statistics import Reader, readers_of
 
 __all__ = [
     "Across",
     "Candidate",
     "LayerType",
+    "bias_argument",
     "find_candidates",
     "fused_types",
     "layer_types",
@@ -48,6 +51,7 @@ class Candidate:
         outs: Rows of its matrix.
         features: Columns of its matrix: what is summed over.
         readers: The calls that read it; more than one where it is tied already.
+        bias: Name of the bias that all of these calls add; None if there is none, or several.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Candidate:
     outs: int
     features: int
     readers: tuple[Reader, ...]
+    bias: str | None = None
 
     @property
     def splits(self) -> bool:
@@ -124,12 +129,34 @@ def find_candidates(program: Program) -> tuple[Candidate, ...]:
             continue
         _, outs, features = readers[0].layer_matrix(tensor.detach().to("meta")).shape
         kind = str(readers[0].node.target)
+        shape = tuple(tensor.shape)
+        bias = _common_bias(program, readers)
         found.append(
-            Candidate(
-                name, role_of(name), kind, tuple(tensor.shape), outs, features, tuple(readers)
-            )
+            Candidate(name, role_of(name), kind, shape, outs, features, tuple(readers), bias)
         )
     return tuple(found)
+
+
+def bias_argument(node: fx.Node) -> Any:
+    """What a linear op or a convolution adds to its result; None for nothing."""
+    if node.target is aten.addmm.default:
+        return node.args[0]
+    if node.target in (aten.mm.default, aten.matmul.default):
+        return None
+    return argument(node, "bias")
+
+
+def _common_bias(program: Program, readers: Sequence[Reader]) -> str | None:
+    """A parameter, one number per out, that these calls add and nothing else reads."""
+    biases = [bias_argument(reader.node) for reader in readers]
+    if not all(isinstance(bias, fx.Node) and bias is biases[0] for bias in biases):
+        return None
+    name = info(biases[0]).tensor
+    if name is None or program.entries[name].kind is not TensorKind.PARAMETER:
+        return None
+    calls = {reader.node for reader in readers}
+    alone = set(biases[0].users) <= calls and program.tensor(name).dim() == 1
+    return name if alone and name not in program.frozen else None
 
 
 def layer_types(

@@ -47,7 +47,12 @@ from torchlathe.passes.analysis.sharing.partitions import (
     best_partitions,
     color_conflicts,
 )
-from torchlathe.passes.analysis.sharing.weighing import weigh_layers
+from torchlathe.passes.analysis.sharing.weighing import (
+    OF_THE_LOSS,
+    element_curvature,
+    loss_analysis,
+    weigh_layers,
+)
 from torchlathe.passes.base import DataAnalysis, PassContext
 from torchlathe.passes.statistics.running import need_data
 
@@ -200,10 +205,8 @@ class SharingColoring(SharingOptions, DataAnalysis[Coloring]):
         Raises:
             PreconditionError: No loss was given, and the model has none of its own.
         """
-        if self.curvature in ("kfac", "fisher"):
-            from torchlathe.passes.statistics.losses import check_loss
-
-            check_loss(program, ctx)
+        if self.curvature in OF_THE_LOSS:
+            loss_analysis(self.curvature).check(program, ctx)
 
     def compute_with(self, program: Program, ctx: PassContext) -> Coloring:
         """Align the layers, weigh them, and find the classes."""
@@ -217,13 +220,20 @@ class SharingColoring(SharingOptions, DataAnalysis[Coloring]):
             )
         if self.curvature != "none":
             need_data(ctx, "it says what a change of a weight costs")
-        ctx.report("sharing: aligning hidden units and heads")
-        shared = [layer.name for part in types if len(part) > 1 for layer in part.layers]
-        gauge = align_layers(program, shared) if self.align else Gauge({}, {})
-        aligned = in_gauge(program, gauge)
-        layers = [layer for layer in find_candidates(aligned) if layer.name in set(names)]
         ctx.report("sharing: curvature of the layers")
-        weighed = weigh_layers(aligned, ctx, layers, self.curvature)
+        layers = [layer for layer in candidates if layer.name in set(names)]
+        weighed = weigh_layers(program, ctx, layers, self.curvature)
+        gauge = Gauge({}, {})
+        if self.align:
+            ctx.report("sharing: aligning hidden units and heads")
+            shared = [layer.name for part in types if len(part) > 1 for layer in part.layers]
+            known = {} if self.curvature == "none" else element_curvature(layers, weighed)
+            gauge = align_layers(program, shared, curvature=known)
+        if gauge.tensors:
+            aligned = in_gauge(program, gauge)
+            layers = [layer for layer in find_candidates(aligned) if layer.name in set(names)]
+            ctx.report("sharing: curvature of the aligned layers")
+            weighed = weigh_layers(aligned, ctx, layers, self.curvature)
         ctx.report("sharing: classes")
         chosen, costs, solution = self._best(program, types, weighed, ctx)
         found = [

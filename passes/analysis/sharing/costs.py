@@ -53,11 +53,15 @@ class WeighedLayer:
         weight: (outs, features) float64.
         curvature: Form on the weight.
         basis: The same for a shared basis, where the curvature has such a form.
+        outputs: Curvature of what is added to each result, (outs,) float64; None if not known.
+        mean: Of the inputs, (features,) float64; None if not known.
     """
 
     weight: torch.Tensor
     curvature: Curvature
     basis: BasisLayer | None = None
+    outputs: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
 
     @property
     def size(self) -> int:

@@ -58,6 +58,10 @@ class Curvature(ABC):
         """``H^-1 D``; zero or small along directions without curvature, if D is."""
 
     @abstractmethod
+    def diagonal(self, shape: torch.Size) -> torch.Tensor:
+        """A number per element of weights of this shape."""
+
+    @abstractmethod
     def scaled(self, factor: float) -> Self:
         """The form times a number."""
 
@@ -94,6 +98,10 @@ class DiagonalCurvature(Curvature):
         alive = self.values > 0
         return torch.where(alive, matrix / self.values.where(alive, self.values.new_ones(())), 0.0)
 
+    def diagonal(self, shape: torch.Size) -> torch.Tensor:
+        """The numbers."""
+        return self.values
+
     def scaled(self, factor: float) -> DiagonalCurvature:
         """Every element times the factor."""
         return DiagonalCurvature(self.values * factor)
@@ -120,6 +128,10 @@ class InputCurvature(Curvature):
     def solve(self, matrix: torch.Tensor) -> torch.Tensor:
         """``D A^-1``, damped by a hair."""
         return _solve(self.inputs, matrix.T).T
+
+    def diagonal(self, shape: torch.Size) -> torch.Tensor:
+        """That of A in each row."""
+        return self.inputs.diagonal().expand(shape)
 
     def scaled(self, factor: float) -> InputCurvature:
         """A times the factor."""
@@ -155,6 +167,11 @@ class KroneckerCurvature(Curvature):
         if len(self.terms) == 2:
             return _solve_pair(*self.terms, matrix)
         return self.approach(matrix)
+
+    def diagonal(self, shape: torch.Size) -> torch.Tensor:
+        """Products of those of G and A."""
+        found = [g.diagonal()[:, None] * a.diagonal()[None, :] for g, a in self.terms]
+        return torch.stack(found).sum(0)
 
     def scaled(self, factor: float) -> KroneckerCurvature:
         """Every G times the factor."""

@@ -47,8 +47,9 @@ class SharingOptions(Pass):
         default="inputs",
         metadata={
             "help": "what a change of a weight costs: the error of the layer's result (inputs), "
-            "of the model's outputs (outputs) or of the loss by K-FAC (kfac) or the diagonal of "
-            "the Fisher matrix (fisher), or plain distance (none)"
+            "of the model's outputs (outputs) or of the loss by K-FAC (kfac), the diagonal of the "
+            "Gauss-Newton matrix (diagonal) or of the Fisher matrix (fisher), or plain distance "
+            "(none)"
         },
     )
     across: Across = field(
@@ -134,7 +135,7 @@ class SharingOptions(Pass):
             ("leakage", self.leakage is not None),
             ("trust", self.trust is not None),
             ("solver=dsatur", self.solver == "dsatur"),
-            ("curvature=fisher", self.curvature == "fisher"),
+            (f"curvature={self.curvature}", self.curvature in ("diagonal", "fisher")),
             ("classes without params", self.classes is not None and self.params is None),
         ):
             if unfit:

@@ -1,5 +1,7 @@
 """Weights with their curvature, as calibration data and the loss have it.
 
+What is curvature of the loss comes from `HessianSensitivity`, whose result passes share.
+
 Source: own. ``curvature=outputs`` is the Gauss-Newton matrix of the squared error of the model's
 own outputs: with z of independent standard normal numbers, the gradients of ``<z, f(x)>`` have
 ``J^T J`` as their second moment, so that K-FAC's factors need neither labels nor a loss.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
@@ -25,9 +27,18 @@ from torchlathe.passes.analysis.sharing.curvature import (
     KroneckerCurvature,
 )
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.statistics import collect_gradients, collect_layers
+from torchlathe.passes.statistics import collect_layers
 
-__all__ = ["CurvatureName", "weigh_layers"]
+if TYPE_CHECKING:
+    from torchlathe.passes.analysis.curvature import HessianSensitivity, Sensitivity
+
+__all__ = [
+    "OF_THE_LOSS",
+    "CurvatureName",
+    "element_curvature",
+    "loss_analysis",
+    "weigh_layers",
+]
 
 # Of the second moments of inputs, relative to the mean of their diagonal.
 _DAMPING = 1e-6
@@ -35,7 +46,9 @@ _DAMPING = 1e-6
 # with 128 sentences, half way kept more of MiniLM's embeddings of others than 0, 0.1 or 1 did.
 _SHRINKAGE = 0.5
 
-CurvatureName = Literal["inputs", "outputs", "kfac", "fisher", "none"]
+CurvatureName = Literal["inputs", "outputs", "kfac", "diagonal", "fisher", "none"]
+# Those that a loss has, and `HessianSensitivity` knows.
+OF_THE_LOSS = ("kfac", "diagonal", "fisher")
 
 
 def weigh_layers(
@@ -45,11 +58,12 @@ def weigh_layers(
 
     Args:
         program: What the layers are of.
-        ctx: Calibration data, and the loss for "kfac" and "fisher".
+        ctx: Calibration data, and the loss for "kfac", "diagonal" and "fisher".
         layers: Whose weights.
         curvature: "inputs" (``I (x) A``, scaled so that a weight of zero costs 1), "outputs" and
-            "kfac" (``G (x) A`` of the outputs' squared error, or of the loss), "fisher" (a number
-            per element, of the loss) or "none" (plain distances, scaled as "inputs").
+            "kfac" (``G (x) A`` of the outputs' squared error, or of the loss), "diagonal" (a number
+            per element, of the loss' Gauss-Newton matrix), "fisher" (of the squares of its
+            gradients) or "none" (plain distances, scaled as "inputs").
 
     Raises:
         PreconditionError: There is no loss, and the curvature needs one.
@@ -57,8 +71,8 @@ def weigh_layers(
     matrices = {layer.name: layer.matrix(program.tensor(layer.name)) for layer in layers}
     if curvature == "none":
         return {layer.name: _plain(matrices[layer.name]) for layer in layers}
-    if curvature == "fisher":
-        return _fisher(program, ctx, layers, matrices)
+    if curvature in OF_THE_LOSS:
+        return _of_the_loss(program, ctx, layers, matrices, curvature)
     gradients = curvature != "inputs"
     if curvature == "outputs":
         ctx = _probing(program, ctx)
@@ -72,12 +86,31 @@ def weigh_layers(
         if gradients:
             given = [m.outputs.second[0] for m in mine if m.outputs is not None]
             outputs = (sum(given[1:], given[0]) / len(given)).double()
-        found[layer.name] = _weighed(layer, matrices[layer.name], inputs, outputs)
+        mean = sum((m.inputs.mean[0] for m in mine[1:]), mine[0].inputs.mean[0]) / len(mine)
+        found[layer.name] = _weighed(layer, matrices[layer.name], inputs, outputs, mean)
+    return found
+
+
+def element_curvature(
+    layers: Sequence[Candidate], weighed: Mapping[str, WeighedLayer]
+) -> dict[str, torch.Tensor]:
+    """The diagonal of the curvature of weights and biases, by name and in their shapes; float64."""
+    found: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        known = weighed[layer.name]
+        diagonal = known.curvature.diagonal(known.weight.shape)
+        found[layer.name] = layer.tensor(diagonal, diagonal)
+        if layer.bias is not None and known.outputs is not None:
+            found[layer.bias] = known.outputs
     return found
 
 
 def _weighed(
-    layer: Candidate, weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None
+    layer: Candidate,
+    weight: torch.Tensor,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor | None,
+    mean: torch.Tensor,
 ) -> WeighedLayer:
     if not bool(inputs.isfinite().all()) or not bool(weight.isfinite().all()):
         raise InputError(
@@ -90,13 +123,16 @@ def _weighed(
     )
     if outputs is None:
         scale = float((weight @ inputs * weight).sum())
-        inputs = inputs * (2 / scale if scale > 0 else 1.0)
-        return WeighedLayer(weight, InputCurvature(inputs), BasisLayer(weight, inputs))
+        factor = 2 / scale if scale > 0 else 1.0
+        basis = BasisLayer(weight, inputs * factor)
+        ones = weight.new_full((len(weight),), factor)
+        return WeighedLayer(weight, InputCurvature(basis.inputs), basis, ones, mean.double())
     outputs = (1 - _SHRINKAGE) * outputs + _SHRINKAGE * outputs.diagonal().mean() * torch.eye(
         len(outputs), dtype=outputs.dtype, device=outputs.device
     )
     curvature: Curvature = KroneckerCurvature(((outputs, inputs),))
-    return WeighedLayer(weight, curvature, BasisLayer(weight, inputs, outputs))
+    basis = BasisLayer(weight, inputs, outputs)
+    return WeighedLayer(weight, curvature, basis, outputs.diagonal(), mean.double())
 
 
 def _plain(weight: torch.Tensor) -> WeighedLayer:
@@ -107,24 +143,46 @@ def _plain(weight: torch.Tensor) -> WeighedLayer:
     return WeighedLayer(weight, curvature, BasisLayer(weight, identity))
 
 
-def _fisher(
+def loss_analysis(curvature: CurvatureName) -> HessianSensitivity:
+    """The analysis that knows a curvature of the loss."""
+    from torchlathe.passes.analysis.curvature import HessianSensitivity
+
+    if curvature == "fisher":
+        return HessianSensitivity(samples=0, diagonal="fisher", factors=False)
+    return HessianSensitivity(samples=0)
+
+
+def _of_the_loss(
     program: Program,
     ctx: PassContext,
     layers: Sequence[Candidate],
     matrices: Mapping[str, torch.Tensor],
+    curvature: CurvatureName,
 ) -> dict[str, WeighedLayer]:
-    gradients = collect_gradients(program, ctx, matrices)
+    sensitivity = replace(ctx, program=program).analysis(loss_analysis(curvature))
     found = {}
     for layer in layers:
-        squares = gradients.get(layer.name)
-        if squares is None:
+        known = sensitivity.layers_of(layer.name)
+        diagonal = sensitivity.diagonal(layer.name)
+        if not known if curvature == "kfac" else not bool(diagonal.any()):
             raise PreconditionError(
                 f"the loss does not depend on {layer.name}",
                 hint="leave it out with exclude, or take another curvature",
             )
-        values = layer.matrix(squares.squares / squares.count)
-        found[layer.name] = WeighedLayer(matrices[layer.name], DiagonalCurvature(values))
+        weight = matrices[layer.name]
+        if curvature == "kfac":
+            inputs = torch.stack([each.inputs[0].double() for each in known]).sum(0)
+            outputs = torch.stack([each.outputs[0].double() for each in known]).mean(0)
+            mean = torch.stack([each.mean[0].double() for each in known]).mean(0)
+            found[layer.name] = _weighed(layer, weight, inputs, outputs, mean)
+        else:
+            values = DiagonalCurvature(layer.matrix(diagonal))
+            found[layer.name] = WeighedLayer(weight, values, None, _bias_of(sensitivity, layer))
     return found
+
+
+def _bias_of(sensitivity: Sensitivity, layer: Candidate) -> torch.Tensor | None:
+    return None if layer.bias is None else sensitivity.diagonal(layer.bias).double()
 
 
 def _probing(program: Program, ctx: PassContext) -> PassContext:

@@ -1,0 +1,100 @@
+"""Second moments of what layers read, one layer after the other, while the layers change.
+
+What layer-by-layer methods need: each layer's data is that which the layers before it give *as
+they are by then*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchlathe.ir import Program
+from torchlathe.passes.statistics.readers import Reader, patches, unfolds
+from torchlathe.passes.statistics.stepping import LockstepRun
+
+__all__ = ["Arrival", "arrivals"]
+
+# Up to so many columns a moment is kept in float64.
+_WIDE = 1024
+# Elements of patches that are made at a time.
+_MANY = 2**24
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A layer at which all data has arrived.
+
+    Attributes:
+        reader: The layer.
+        moment: Mean of x x' over the rows it reads, (groups, features, features), float64, or
+            float32 of more than 1,024 features.
+        rows: How many.
+    """
+
+    reader: Reader
+    moment: torch.Tensor
+    rows: int
+
+
+def arrivals(
+    program: Program, batches: Sequence[Sequence[Any]], readers: Sequence[Reader]
+) -> Iterator[Arrival]:
+    """The layers in order of execution; tensors may be changed before the next is asked for.
+
+    Memory: what is live of all batches at once, and one moment.
+
+    Args:
+        program: What to run.
+        batches: Flat inputs of each batch.
+        readers: The layers; convolutions have to be of those that `patches` takes.
+    """
+    run = LockstepRun(program, batches)
+    place = {node: i for i, node in enumerate(program.graph.nodes)}
+    last: tuple[object, torch.Tensor, int] | None = None
+    for reader in sorted(readers, key=lambda one: place[one.node]):
+        run.run_until(reader.node)
+        # Layers that read the same value in the same way have the same moment.
+        key = (reader.operand, _way(reader))
+        if last is None or last[0] != key:
+            last = None  # two moments at a time would be one too many
+            last = (key, *_moment(reader, run.value(reader.operand)))
+        yield Arrival(reader, last[1], last[2])
+
+
+def _way(reader: Reader) -> tuple[object, ...]:
+    if not unfolds(reader):
+        return (reader.data_axes, reader.read)
+    weight: Any = reader.node.args[1]
+    rest = fx.map_arg((reader.node.args[3:], reader.node.kwargs), lambda _: None)
+    return (tuple(weight.meta["val"].shape[2:]), str(rest))
+
+
+def _moment(reader: Reader, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    total: torch.Tensor | None = None
+    count = 0
+    for rows in _rows(reader, values):
+        features = rows.shape[-1]
+        part = rows.to(torch.float64 if features <= _WIDE else torch.float32)
+        count += part.shape[1]
+        product = part.transpose(1, 2) @ part
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total.div_(max(count, 1)), count
+
+
+def _rows(reader: Reader, values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """(groups, rows, features) of each batch."""
+    for value in values:
+        if not unfolds(reader):
+            yield reader.data_rows(value)
+            continue
+        few = max(1, _MANY // max(1, value[0].numel() * 9))
+        for part in value.split(few):
+            found = patches(reader, part)
+            assert found is not None
+            yield found
