@@ -24,6 +24,7 @@ from torchlathe.passes.rewrite.experts.grouping import (
     led_classes,
 )
 from torchlathe.passes.rewrite.experts.merging import merge_weights
+from torchlathe.passes.statistics import Calibration
 
 # Both sides run in float64 and differ in the order of sums at most.
 EXACT = 1e-9
@@ -196,6 +197,44 @@ def test_statistics_of_routing_are_those_of_all_rows_at_once() -> None:
     saliency = totals / found.counts.clamp_min(1)
     assert found.saliency is not None
     torch.testing.assert_close(found.saliency, saliency.detach(), atol=EXACT, rtol=0)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("limit", [None, 0], ids=["in memory", "in files"])
+@pytest.mark.parametrize("name", ["mixtral", "mixtral-batched"])
+def test_interrupted_statistics_of_routing_go_on(name: str, limit: Any, tmp_path: Any) -> None:
+    _, program, batches = made(name)
+    layers = layers_of(program)
+
+    class Stops:
+        def __iter__(self) -> Any:
+            yield from batches[:2]
+            raise Interrupted
+
+    def collected(data: Any, said: list[str] | None = None) -> Any:
+        progress = None if said is None else said.append
+        ctx = PassContext(program, calibration=data, progress=progress)
+        return collect_routing(program, ctx, layers)
+
+    want = collected(batches)
+    settings: dict[str, Any] = {"resume": tmp_path, "save_every": 1, "limit_bytes": limit}
+    with pytest.raises(Interrupted):
+        collected(Calibration(Stops(), **settings))
+    said: list[str] = []
+    got = collected(Calibration(batches, **settings), said)
+    assert [text.partition(" (")[0] for text in said] == [
+        "statistics: batch 1 was seen before",
+        "statistics: batch 2 was seen before",
+        "statistics: batch 3 of 3",
+    ]
+    for layer in layers:
+        ours, theirs = want[layer], got[layer]
+        assert ours.rows == theirs.rows == 3 * 16
+        for field in ("counts", "picks", "moments", "slots", "outputs"):
+            assert torch.equal(getattr(ours, field), getattr(theirs, field))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -425,6 +464,31 @@ def test_merged_experts_can_be_erased_saved_and_loaded(tmp_path: Any) -> None:
     compiled.save(tmp_path / "merged.tl")
     loaded = tl.load(tmp_path / "merged.tl")
     assert torch.equal(loaded(**batch).logits, compiled(**batch).logits)
+
+
+@pytest.mark.parametrize("remainder", [0.0, 0.2])
+def test_merged_experts_become_low_rank_plus_sparse(remainder: float, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = mixtral()
+    batches = [batch_for(model, seed) for seed in range(3)]
+    split = f"low-rank-split{{share=0.6,remainder={remainder},include=[*experts*]}}"
+    compiled = tl.compile(
+        model,
+        f"merge-experts{{experts=0.5,allocation=uniform}},{split}",
+        example_kwargs=batches[0],
+        calibration=batches,
+        measure_latency=False,
+    )
+    merged, after = (record.parameters_after for record in compiled.program.history)
+    assert after < merged < compiled.program.history[0].parameters_before
+    names = {name.rpartition("_")[2] for name in compiled.program.parameters if "experts" in name}
+    assert {"down.weight", "up.weight"} <= names
+    assert ("rows.weight" in names) == (remainder > 0)
+    compiled.save(tmp_path / "small.tl")
+    loaded = tl.load(tmp_path / "small.tl")
+    found = compiled(**batches[0]).logits
+    assert torch.isfinite(found).all()
+    assert torch.equal(loaded(**batches[0]).logits, found)
 
 
 def test_gradients_reach_merged_experts() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +21,16 @@ from tests.passes.sharing_models import (
     planted_program,
     program_of,
 )
-from torchlathe.ir import OptionError, PreconditionError, Program
+from torchlathe.ir import OptionError, PreconditionError, Program, TensorKind
 from torchlathe.ir.trainable import TrainableProgram
-from torchlathe.passes import PassManager, ShareParameters, SharingColoring, ZeroInvariantGroups
+from torchlathe.passes import (
+    HessianSensitivity,
+    PassManager,
+    ShareParameters,
+    SharingColoring,
+    ZeroInvariantGroups,
+)
+from torchlathe.passes.analysis.sharing.curvature import KroneckerCurvature
 from torchlathe.tools.plots import sharing_plot
 
 CLASSES = {(0, 3, 5), (1, 2, 4)}
@@ -53,7 +61,32 @@ def test_noisy_permuted_copies_of_two_templates_are_two_classes(
         assert part.gap == 0
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "fisher"])
+def test_curvature_of_the_loss_is_that_which_other_passes_ask_for() -> None:
+    program, x = planted_program(noise=0.02)
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs - batch[1]).square().mean()
+
+    pipeline = ["hessian-sensitivity{samples=0}", "share-parameters{classes=2,curvature=kfac}"]
+    batches = [(x, torch.randn(32, 4))]
+    result = PassManager(pipeline).run(program, calibration=batches, loss=loss)
+    asked = result.history[-1].analyses
+    assert "hessian-sensitivity" in asked["reused"]  # of the program as it was, to align it
+    weighed = SharingColoring(classes=2, curvature="kfac", align=False).on(
+        program, calibration=batches, loss=loss
+    )
+    sensitivity = HessianSensitivity(samples=0).on(program, calibration=batches, loss=loss)
+    layer = sensitivity.layers_of("blocks.1.up.weight")[0]
+    found = weighed.weighed["blocks.1.up.weight"].curvature
+    assert isinstance(found, KroneckerCurvature)
+    ((outputs, inputs),) = found.terms
+    # Damped by 1e-6, and drawn half way to the identity.
+    torch.testing.assert_close(inputs, layer.inputs[0].double(), rtol=1e-5, atol=1e-5)
+    trace = float(layer.outputs.double().diagonal(dim1=1, dim2=2).sum())
+    assert float(outputs.trace()) == pytest.approx(trace, rel=1e-6)
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "diagonal", "fisher"])
 def test_curvature_of_a_loss_finds_the_templates_too(curvature: Any) -> None:
     program, x = planted_program(noise=0.02)
     targets = torch.randn(32, 4)
@@ -227,6 +260,135 @@ def test_sharing_goes_with_the_other_passes(spec: str) -> None:
     # Nothing is stored twice: what was tied is one tensor still, and so are its factors.
     tensors = [id(t) for t in result.parameters.values()]
     assert len(set(tensors)) == len(tensors)
+
+
+# --- biases, and what passes before and after do to shared storage --------------------------------
+
+
+def test_biases_are_tied_where_that_is_asked_for() -> None:
+    model = planted()
+    program, x = planted_program()
+    result = shared(program, x, "share-parameters{classes=2,biases=true}")
+    # Copies have one bias too, once they are aligned; rounding through six residual layers.
+    torch.testing.assert_close(result.run(x), model(x), rtol=1e-6, atol=2e-6)
+    for i, j in ((0, 3), (0, 5), (1, 2), (1, 4)):
+        for part in ("up", "down"):
+            assert result.aliases[f"blocks.{j}.{part}.bias"] == f"blocks.{i}.{part}.bias"
+    saved = result.history[-1].statistics["saved"]
+    assert saved == 8 * WIDTH * HIDDEN + 4 * (WIDTH + HIDDEN)
+    assert len(shared(program, x, "share-parameters{classes=2}").aliases) == 8  # weights alone
+
+
+def test_the_common_bias_keeps_the_mean_of_the_results() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3)).double().eval()
+    x = torch.randn(50, 4, dtype=torch.float64) + 1
+    program = tl.capture(model, (x,))
+    spec = "share-parameters{classes=1,biases=true,align=false}"
+    result = shared(program, x, spec)
+    assert result.aliases == {"2.weight": "0.weight", "2.bias": "0.bias"}
+    # Both layers have one curvature up to a factor of their outs, so that means are weighed alike
+    # only where those are equal; the least squares over both layers are unique in any case.
+    weight, bias = result.tensor("0.weight"), result.tensor("0.bias")
+    first, second = x, model[1](model[0](x))
+    analysis = SharingColoring(classes=1, align=False)
+    weighed = analysis.on(program, calibration=[x]).weighed
+
+    def cost(shift: Tensor) -> float:
+        total = 0.0
+        for rows, layer, name in ((first, model[0], "0.weight"), (second, model[2], "2.weight")):
+            moved = rows @ (weight - layer.weight).T + bias + shift - layer.bias
+            outputs = weighed[name].outputs
+            assert outputs is not None
+            total += float((moved.mean(0).square() * outputs).sum().detach())
+        return total
+
+    best = cost(torch.zeros(3))
+    for step in 1e-3 * torch.cat([torch.eye(3), -torch.eye(3)]).double():
+        assert cost(step) > best
+
+
+ORDERS = (
+    "share-parameters{classes=2},structured-erase{sparsity=0.3}",
+    "share-parameters{classes=2,biases=true},structured-erase{sparsity=0.3}",
+    "share-parameters{classes=2},low-rank-split{share=0.5}",
+    "structured-erase{sparsity=0.3},share-parameters{classes=2}",
+    "low-rank-split{share=0.5},share-parameters{classes=2}",
+    "share-parameters{classes=2},structured-erase{sparsity=0.3},low-rank-split{share=0.5}",
+    "share-parameters{mode=base,classes=2,rank=2},structured-erase{sparsity=0.3}",
+)
+
+
+@pytest.mark.parametrize("spec", ORDERS)
+def test_shared_storage_outlives_other_passes(spec: str, tmp_path: Any) -> None:
+    """Stored once, saved once, gradients summed, in each order of passes."""
+    model = planted(noise=0.05)
+    x = torch.randn(32, WIDTH)
+    options: dict[str, Any] = {"example_inputs": (x,), "calibration": [x], "measure_latency": False}
+    compiled = tl.compile(model, spec, **options)
+    program = compiled.program
+    used = {
+        name: [user for user in node.users if user.op == "call_function"]
+        for name, node in program.tensor_nodes.items()
+    }
+    several = [name for name, users in used.items() if len(users) > 1]
+    assert several
+    # Each is one tensor of the program, and one of the file.
+    pointers = [tensor.data_ptr() for tensor in program.parameters.values()]
+    assert len(set(pointers)) == len(pointers)
+    compiled.save(tmp_path / "model.tl")
+    with zipfile.ZipFile(tmp_path / "model.tl") as archive:
+        names = [entry for entry in archive.namelist() if entry.endswith(".safetensors")]
+        stored = [safetensors.torch.load(archive.read(name)) for name in names]
+    saved = sum(t.numel() for each in stored for t in each.values() if t.is_floating_point())
+    floating = [e.tensor for e in program.entries.values() if e.tensor.is_floating_point()]
+    # With the example input, which is saved too.
+    assert saved == sum(t.numel() for t in floating) + x.numel()
+    loaded = tl.load(tmp_path / "model.tl")
+    assert torch.equal(loaded(x), compiled(x))
+    assert loaded.program.aliases == program.aliases
+    # The gradient of each is the sum of what its users give: of a program with a copy per user.
+    module: Any = TrainableProgram(program)
+    module(x).square().sum().backward()
+    for name in several:
+        users, total = used[name], torch.zeros(())
+        for user in users:
+            total = total + _gradient_at(program, x, name, user)
+        # Sums in float32 of some hundred terms, in another order.
+        torch.testing.assert_close(module.get_parameter(name).grad, total, rtol=1e-4, atol=1e-4)
+
+
+def test_quantising_respects_what_is_shared() -> None:
+    program, x = planted_program(noise=0.05)
+    result = PassManager("share-parameters{classes=2},quantize{scheme=w8a16}").run(
+        program, calibration=[x]
+    )
+    integers = {n for n, e in result.entries.items() if e.tensor.dtype is torch.int8}
+    # One of each class, and the head; the scales are stored once too.
+    classes = {f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("up", "down")}
+    assert integers == classes | {"head.weight"}
+    assert {n for n in result.entries if "scale" in n} == {f"{n}_scale" for n in integers}
+    assert result.aliases["blocks.5.up.weight"] == "blocks.0.up.weight"
+    whole = PassManager("share-parameters{classes=2}").run(program, calibration=[x]).run(x)
+    # 1 in 254 of the largest weight of a row, through twelve layers of some 20 terms each.
+    torch.testing.assert_close(result.run(x), whole, rtol=0.05, atol=0.05)
+
+
+def _gradient_at(program: Program, x: Tensor, name: str, user: Any) -> Tensor:
+    """With respect to what one of the users reads of a tensor."""
+    copy = program.copy()
+    with copy.edit() as edit:
+        value = torch.nn.Parameter(program.tensor(name).detach().clone())
+        node = edit.add_tensor("alone", value, TensorKind.PARAMETER)
+        mine = next(each for each in copy.nodes if each.name == user.name)
+        place = copy.tensor_nodes[name]
+        arguments = [node if argument is place else argument for argument in mine.args]
+        edit.set_args(mine, tuple(arguments), mine.kwargs)
+    module: Any = TrainableProgram(copy)
+    module(x).square().sum().backward()
+    found = module.get_parameter("alone").grad
+    assert found is not None
+    return found
 
 
 # --- bases, and a base with corrections ---------------------------------------------------------

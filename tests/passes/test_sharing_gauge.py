@@ -10,7 +10,12 @@ from torch import nn
 
 from tests.passes.sharing_models import planted, planted_program, program_of
 from torchlathe.ir import InputError, capture
-from torchlathe.passes.analysis.gauge import balanced_scales, match_units, unit_agreement
+from torchlathe.passes.analysis.gauge import (
+    balanced_scales,
+    match_units,
+    merging_costs,
+    unit_agreement,
+)
 from torchlathe.passes.analysis.sharing.alignment import align_layers
 from torchlathe.passes.analysis.sharing.candidates import find_candidates
 
@@ -39,6 +44,59 @@ def test_no_permutation_agrees_more(seed: int, units: int) -> None:
     found = float((a * b[match_units([a], [b])]).sum())
     # The sums are of the same numbers in another order.
     assert found == pytest.approx(best, rel=1e-12, abs=1e-12)
+
+
+@given(seeds, st.integers(2, 5), st.integers(1, 2))
+def test_curvature_decides_which_units_meet(seed: int, units: int, tensors: int) -> None:
+    """Against every permutation, where a curvature is that of a unit times that of a place."""
+    from itertools import permutations
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weights = [[drawn(units, 3, 2) for _ in range(tensors)] for _ in range(2)]
+    places = [drawn(3, 2).square() for _ in range(tensors)]
+    curvatures = [[drawn(units, 1, 1).square() * p for p in places] for _ in range(2)]
+    both = (curvatures[0], curvatures[1])
+
+    def cost(order: list[int]) -> float:
+        total = 0.0
+        for w, v, h, k in zip(*weights, *curvatures, strict=True):
+            parallel = h * k[order] / (h + k[order])
+            total += float((parallel * (w - v[order]).square()).sum()) / 2
+        return total
+
+    pairs = merging_costs(weights[0], weights[1], both)
+    found = match_units(weights[0], weights[1], both).tolist()
+    # The squares are sums of three, of which two may cancel.
+    close = {"rel": 1e-9, "abs": 1e-9}
+    assert float(pairs[range(units), found].sum()) == pytest.approx(cost(found), **close)
+    best = min(cost(list(order)) for order in permutations(range(units)))
+    assert cost(found) == pytest.approx(best, **close)
+
+
+def test_units_without_curvature_cost_nothing() -> None:
+    a, b = torch.randn(2, 3, 4)
+    zeros = torch.zeros(3, 4)
+    assert not merging_costs([a], [b], ([zeros], [zeros])).any()
+    assert not merging_costs([a], [b], ([torch.ones(3, 4)], [zeros])).any()
+    with pytest.raises(InputError, match="shapes"):
+        merging_costs([a], [b], ([zeros], [torch.zeros(3, 5)]))
+
+
+def test_noise_where_the_loss_does_not_look_misleads_plain_distances_alone() -> None:
+    torch.manual_seed(0)
+    a = torch.randn(6, 8)
+    order = torch.randperm(6)
+    b = a[order].clone()
+    b[:, 4:] += 20 * torch.randn(6, 4)  # features that are hardly ever there
+    curvature = torch.ones(6, 8)
+    curvature[:, 4:] = 1e-6
+    wanted = torch.argsort(order)
+    assert torch.equal(match_units([a], [b], ([curvature], [curvature])), wanted)
+    assert not torch.equal(match_units([a], [b]), wanted)
 
 
 @given(seeds)

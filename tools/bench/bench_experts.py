@@ -12,14 +12,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from rich.console import Console
 
-from torchlathe.ir import capture
+from torchlathe.ir import Program, capture
 from torchlathe.passes import ExpertLayers, PassManager
 from torchlathe.tools.bench.experts.models import Language, planted_skills, text_language
 from torchlathe.tools.bench.machine import machine
@@ -52,10 +53,23 @@ PRUNES: Final = {
     "prune as REAP, uniform budgets": "by=reap,allocation=uniform",
     "prune, uniform budgets": "allocation=uniform",
 }
+# Merging and then low rank plus sparse, as MC-SMoE ends; {experts} are those that merging keeps.
+_SPLIT: Final = "low-rank-split{{share=0.6,include=[*experts*]{rest}}}"
+PIPELINES: Final = {
+    "merge, low rank": "merge-experts{{experts={experts:g}}}," + _SPLIT.replace("{rest}", ""),
+    "merge, low rank and 10 % of the rows": "merge-experts{{experts={experts:g}}},"
+    + _SPLIT.replace("{rest}", ",remainder=0.1"),
+    "merge, low rank and 25 % of the rows": "merge-experts{{experts={experts:g}}},"
+    + _SPLIT.replace("{rest}", ",remainder=0.25"),
+    "merge to fewer": "merge-experts{{experts={fewer:g}}}",
+    "low rank alone": "low-rank-split{{params={params},include=[*experts*]}}",
+    "low rank and 10 % of the rows alone": "low-rank-split{{params={params},remainder=0.1,"
+    "include=[*experts*]}}",
+}
 
 
 def rows(
-    language: Language, experts: float, only: Collection[str] = ()
+    language: Language, experts: float, only: AbstractSet[str] = frozenset()
 ) -> Iterator[dict[str, Any]]:
     """Each method (or only some of them) at one size, with the loss that it leaves."""
     batch = language.calibration[0]
@@ -83,6 +97,47 @@ def rows(
                     "per_layer": record.statistics["experts_per_layer"],
                     "pairs": _pairs(language, after),
                 }
+    yield from _pipelines(language, program, experts, only)
+
+
+def _pipelines(
+    language: Language, program: Program, experts: float, only: AbstractSet[str]
+) -> Iterator[dict[str, Any]]:
+    """Merging followed by low rank plus sparse, and each alone at the size of the first."""
+    size = 0
+    for name, form in PIPELINES.items():
+        if only and name not in only and not (size == 0 and only & PIPELINES.keys()):
+            continue
+        text = form.format(experts=experts, fewer=0.6 * experts, params=size)
+        began = time.perf_counter()
+        manager = PassManager(text, verify="off")
+        after = manager.run(program, calibration=language.calibration)
+        seconds = time.perf_counter() - began
+        size = size or after.history[-1].parameters_after
+        yield {
+            "method": name,
+            "spec": text,
+            "chance": 0,
+            "experts": experts,
+            "loss": language.loss(after.run),
+            "seconds": seconds,
+            "parameters": after.history[-1].parameters_after,
+            "stable_rank": _stable_rank(program),
+            "merged_stable_rank": _stable_rank(after) if name == "merge to fewer" else None,
+            "pairs": None,
+        }
+
+
+def _stable_rank(program: Program) -> float:
+    """Mean over all matrices of experts of ``|W|_F^2 / |W|_2^2``."""
+    found = []
+    for layer in program.analysis(ExpertLayers).layers:
+        for name, axis in layer.tensors.items():
+            for matrix in program.tensor(name).detach().movedim(axis, 0):
+                if matrix.dim() == 2:
+                    values = torch.linalg.svdvals(matrix)
+                    found.append(float(values.square().sum() / values[0].square()))
+    return sum(found) / len(found)
 
 
 def _pairs(language: Language, program: Any) -> float | None:
@@ -105,7 +160,7 @@ def measure(
     seeds: int,
     sizes: tuple[float, ...],
     cache: Path | None,
-    only: Collection[str],
+    only: AbstractSet[str],
 ) -> Iterator[dict[str, Any]]:
     """All rows of one task."""
     for seed in range(seeds):
@@ -137,7 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
         ("text", text_language, options.steps, (6.0, 4.0)),
     )
     for task, make, steps, sizes in tasks:
-        for row in measure(make, task, steps, options.seeds, sizes, options.cache, options.only):
+        only = set(options.only)
+        for row in measure(make, task, steps, options.seeds, sizes, options.cache, only):
             found.append(row)
             console.print(
                 f"{task} {row['seed']} {row['spec']}: {math.exp(row['loss']):.3f} "
@@ -146,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only:
         there = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
         found = [row for row in there if row["method"] not in options.only] + found
-    order = [*MERGES, *PRUNES]
+    order = [*MERGES, *PRUNES, *PIPELINES]
     found.sort(key=lambda row: order.index(row["method"]))
     result = {**machine(), "seeds": options.seeds, "rows": found}
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from torchlathe.ir import OptionError, Program
 from torchlathe.passes.analysis.experts import ExpertLayer, ExpertLayers
 from torchlathe.passes.analysis.routing import RoutingStatistics, collect_routing
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.experts.alignment import Alignment, units_of
 from torchlathe.passes.rewrite.experts.grouping import (
     Classes,
@@ -32,6 +32,7 @@ from torchlathe.passes.rewrite.experts.reporting import (
     class_text,
     routing_numbers,
 )
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
 from torchlathe.passes.statistics.running import need_data
 
 __all__ = ["MergeExperts"]
@@ -52,6 +53,7 @@ class MergeExperts(RewritePass):
     name: ClassVar[str] = "merge-experts"
     requires: ClassVar = (ExpertLayers,)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     experts: float = field(default=0.5, metadata={"help": EXPERTS_HELP})
     allocation: Literal["global", "uniform"] = field(

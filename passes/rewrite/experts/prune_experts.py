@@ -10,10 +10,11 @@ import torch
 from torchlathe.ir import PreconditionError, Program
 from torchlathe.passes.analysis.experts import ExpertLayer, ExpertLayers
 from torchlathe.passes.analysis.routing import RoutingStatistics, collect_routing
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.experts.grouping import budgets, kept_experts, total_experts
 from torchlathe.passes.rewrite.experts.reporting import EXPERTS_HELP, check_count, routing_numbers
 from torchlathe.passes.rewrite.experts.routers import leave_out
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
 from torchlathe.passes.statistics.running import need_data
 
 __all__ = ["PruneExperts"]
@@ -33,6 +34,7 @@ class PruneExperts(RewritePass):
     name: ClassVar[str] = "prune-experts"
     requires: ClassVar = (ExpertLayers,)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     experts: float = field(default=0.5, metadata={"help": EXPERTS_HELP})
     by: Literal["usage", "outputs", "reap"] = field(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from torchlathe.ir import Edit, Program
 from torchlathe.passes.analysis.sharing.bases import fit_basis
 from torchlathe.passes.analysis.sharing.candidates import Candidate, find_candidates
@@ -16,6 +18,7 @@ from torchlathe.passes.rewrite.sharing.writing import (
     basis_shape,
     coefficient_shape,
     replace_by_product,
+    tie_biases,
     tie_weights,
 )
 
@@ -28,6 +31,7 @@ def apply_coloring(
     *,
     by: str = "",
     rounds: int = 3,
+    biases: bool = False,
     report: Callable[[str], object] | None = None,
 ) -> None:
     """Let the layers of each class share what the colouring says.
@@ -37,6 +41,7 @@ def apply_coloring(
         coloring: Classes, and the weights and curvature of their layers.
         by: Text form of the pass, kept as provenance.
         rounds: How often a shared basis and its coefficients are refitted.
+        biases: Whether layers with one weight get one bias too.
         report: Called with a line of text about what is being done.
     """
     sharing = [one for one in coloring if len(one.layers) > 1 or one.rank]
@@ -58,6 +63,33 @@ def apply_coloring(
                 forms = [layer.curvature for layer in weighed]
                 common = merged_mean(forms, [layer.weight for layer in weighed])
                 tie_weights(edit, members, common)
+                if biases and len({layer.bias for layer in members} - {None}) == len(members):
+                    tie_biases(edit, members, _common_bias(edit, members, weighed, common))
+
+
+def _common_bias(
+    edit: Edit,
+    members: Sequence[Candidate],
+    weighed: Sequence[WeighedLayer],
+    common: torch.Tensor,
+) -> torch.Tensor:
+    """The bias that keeps the mean results best, now that the weights are one.
+
+    With the mean m of a layer's inputs, its results move by ``(W_c - W) m + b_c - b`` on average;
+    the least sum of squares, each result weighed by its curvature, is at the weighed mean of
+    ``b - (W_c - W) m``.
+    """
+    wanted, weights = [], []
+    for layer, known in zip(members, weighed, strict=True):
+        assert layer.bias is not None
+        bias = edit.program.tensor(layer.bias).detach().double()
+        shift = 0.0 if known.mean is None else (common - known.weight) @ known.mean
+        wanted.append(bias - shift)
+        weights.append(torch.ones_like(bias) if known.outputs is None else known.outputs)
+    shares = torch.stack(weights).clamp_min(0)
+    # Where no layer has any curvature, the plain mean.
+    shares = torch.where(shares.sum(0) > 0, shares, torch.ones_like(shares))
+    return (torch.stack(wanted) * shares).sum(0) / shares.sum(0)
 
 
 def _share_basis(

@@ -13,7 +13,8 @@ from torch import fx
 
 from torchlathe.ir import Edit, OptionError, Program, TensorKind
 from torchlathe.passes.analysis.sharing.candidates import Candidate, find_candidates
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
 from torchlathe.passes.rewrite.sharing.layer_stacks import (
     PLACE,
     LayerStack,
@@ -44,6 +45,7 @@ class FitLayerBasis(RewritePass):
 
     name: ClassVar[str] = "fit-layer-basis"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     components: int = field(default=3, metadata={"help": "components that are stored per stack"})
     form: Polynomials = field(

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torchlathe.ir import OptionError, Program
 from torchlathe.passes.analysis.sharing.coloring import SharedClass, SharingColoring
 from torchlathe.passes.analysis.sharing.options import SharingOptions
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
 from torchlathe.passes.rewrite.sharing.applying import apply_coloring
 
 __all__ = ["ShareParameters"]
@@ -19,7 +20,7 @@ class ShareParameters(SharingOptions, RewritePass):
     """Lets layers share weights, or the bases of their weights, where that costs least.
 
     Keeps: names of the weights that are tied; the outputs approximately. Changes: a class of tied
-    layers reads one tensor, which is stored and trained once; with a basis each layer becomes
+    layers reads one weight (and one bias), stored and trained once; with a basis each layer becomes
     ``linear(linear(x, B), M)``, with B stored once for its class; with a base,
     ``linear(x, W) + linear(linear(x, V), U)``.
 
@@ -28,9 +29,14 @@ class ShareParameters(SharingOptions, RewritePass):
 
     name: ClassVar[str] = "share-parameters"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     rounds: int = field(
         default=3, metadata={"help": "how often a shared basis and its coefficients are refitted"}
+    )
+
+    biases: bool = field(
+        default=False, metadata={"help": "with mode=tied, layers with one weight get one bias too"}
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +67,14 @@ class ShareParameters(SharingOptions, RewritePass):
         if not sharing:
             told = Diagnostic("warning", "no two layers share anything, so nothing was changed")
             return PassResult(False, statistics, [told])
-        apply_coloring(program, coloring, by=ctx.spec, rounds=self.rounds, report=ctx.report)
+        apply_coloring(
+            program,
+            coloring,
+            by=ctx.spec,
+            rounds=self.rounds,
+            biases=self.biases,
+            report=ctx.report,
+        )
         after = sum(tensor.numel() for tensor in program.parameters.values())
         statistics["saved"] = before - after
         diagnostics = [_told(coloring.mode, one) for one in sharing]

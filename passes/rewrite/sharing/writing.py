@@ -10,7 +10,7 @@ from torch import fx
 
 from torchlathe.ir import Edit, TensorKind
 from torchlathe.ir.axes.rule import argument
-from torchlathe.passes.analysis.sharing.candidates import Candidate
+from torchlathe.passes.analysis.sharing.candidates import Candidate, bias_argument
 from torchlathe.passes.statistics.readers import Reader
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "basis_shape",
     "coefficient_shape",
     "replace_by_product",
+    "tie_biases",
     "tie_weights",
 ]
 
@@ -43,6 +44,21 @@ def tie_weights(edit: Edit, layers: Sequence[Candidate], common: torch.Tensor) -
     for layer in layers[1:]:
         edit.tie(layer.name, first.name)
     return first.name
+
+
+def tie_biases(edit: Edit, layers: Sequence[Candidate], common: torch.Tensor) -> None:
+    """Store one bias for several layers that have one each.
+
+    Args:
+        edit: Of the program that the layers are of.
+        layers: With a bias.
+        common: Theirs, (outs,) float64.
+    """
+    names = [layer.bias for layer in layers if layer.bias is not None]
+    like = edit.program.tensor(names[0])
+    edit.set_tensor(names[0], common.to(like))
+    for name in names[1:]:
+        edit.tie(name, names[0])
 
 
 def add_parameter(edit: Edit, weight: str, part: str, value: torch.Tensor) -> fx.Node:
@@ -90,7 +106,7 @@ def replace_by_product(edit: Edit, layer: Candidate, basis: fx.Node, coefficient
     for reader in layer.readers:
         node = reader.node
         inside = _first(edit, reader, basis)
-        edit.replace(node, _second(edit, node, inside, coefficients, _bias(node)))
+        edit.replace(node, _second(edit, node, inside, coefficients, bias_argument(node)))
 
 
 def add_correction(edit: Edit, layer: Candidate, right: fx.Node, left: fx.Node) -> None:
@@ -141,14 +157,6 @@ def coefficient_shape(layer: Candidate, rank: int) -> tuple[int, ...]:
     """Of coefficients: those of a convolution are a kernel of one position."""
     spatial = _CONVOLUTIONS.get(layer.readers[0].node.target, 0)
     return (layer.outs, rank, *[1] * spatial)
-
-
-def _bias(node: fx.Node) -> Any:
-    if node.target is aten.addmm.default:
-        return node.args[0]
-    if node.target in (aten.mm.default, aten.matmul.default):
-        return None
-    return argument(node, "bias")
 
 
 def _each(value: Any, count: int) -> list[int]:

@@ -43,6 +43,17 @@ reports that pruning is ahead of merging. In how many of the cells (training, si
 is ahead of the second, and the ratio of their perplexities (geometric mean):
 """
 
+PIPELINES_TEXT = """\
+### Merging, and then low rank plus sparse
+
+The pipeline of MC-SMoE: `merge-experts`, and then `low-rank-split{{share=0.6,remainder=...}}` of
+what the experts hold. *Merge to fewer* and *low rank alone* are of the same size, with one of the
+two halves: the first merges to 0.6 times as many experts, the second splits all eight. Parameters
+of the whole model are in per cent; perplexities are as above. MC-SMoE splits *after* merging
+because merged experts have a lower stable rank (|W|_F^2 / |W|_2^2): its mean over the matrices of
+all experts is {before:.1f} before and {after:.1f} after merging to 0.6 times as many.
+"""
+
 # (what is claimed to be ahead, of what)
 _CLAIMS: Final = (
     ("merge (default)", "not aligned"),
@@ -66,13 +77,18 @@ def measured(result: dict[str, Any]) -> str:
     Args:
         result: The content of the result file.
     """
-    rows = result["rows"]
+    from torchlathe.tools.bench.bench_experts import PIPELINES
+
+    rows = [row for row in result["rows"] if row["method"] not in PIPELINES]
+    ends = [row for row in result["rows"] if row["method"] in PIPELINES]
     steps = {f"{row['task']}_steps": row["steps"] for row in rows}
     chances = 1 + max(row["chance"] for row in rows)
     parts = [INTRODUCTION.format(**{**result, **steps, "chances": chances})]
     for task in sorted({row["task"] for row in rows}):
         parts += _task(task, [row for row in rows if row["task"] == task])
     parts += [ORDER, _order(rows)]
+    if ends:
+        parts += [PIPELINES_TEXT.format(**_stable_ranks(ends)), _pipelines(ends)]
     return "\n".join(parts)
 
 
@@ -115,6 +131,31 @@ def _left(rows: list[dict[str, Any]], size: float) -> float:
 def _cell(losses: list[float]) -> str:
     each = ", ".join(f"{math.exp(loss):.2f}" for loss in losses)
     return f"{math.exp(statistics.mean(losses)):.2f} ({each})"
+
+
+def _stable_ranks(rows: list[dict[str, Any]]) -> dict[str, float]:
+    merged = [row for row in rows if row["merged_stable_rank"] is not None]
+    return {
+        "before": statistics.mean(row["stable_rank"] for row in merged),
+        "after": statistics.mean(row["merged_stable_rank"] for row in merged),
+    }
+
+
+def _pipelines(rows: list[dict[str, Any]]) -> str:
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["task"], row["experts"]), []).append(row)
+    keys = sorted(cells, key=lambda key: (key[0], -key[1]))
+    header = [f"{task}, {size:g} of 8 experts" for task, size in keys]
+    lines = ["| | " + " | ".join(header) + " |", "| --- |" + " --- |" * len(keys)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = []
+        for key in keys:
+            mine = [row for row in cells[key] if row["method"] == method]
+            left = statistics.mean(row["parameters"] / row["whole_parameters"] for row in mine)
+            found.append(f"{_cell([row['loss'] for row in mine])}, {left:.0%}")
+        lines.append(f"| {method} | " + " | ".join(found) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _order(rows: list[dict[str, Any]]) -> str:

@@ -38,7 +38,8 @@ FIDELITY = """\
 Mean cosine of the test sentences' embeddings to those of the original, and the 5 % quantile. The
 first four rows fit bases under `curvature=outputs` and give every class its rank by one price, with
 weights left in full where that pays: they differ in the classes alone. The other two are the
-usual recipes: `curvature=inputs`, and every layer at the same ratio.
+usual recipes: `curvature=inputs`, and every layer at the same ratio. All are without alignment
+(`align=false`), which would move the inputs of `output.dense` and `attention.output.dense` alone.
 """
 
 COSTS = """\
