@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from torchlathe.passes.rewrite.factorising.conv_splits import (
+    cp_split,
     spatial_split,
     tucker_ranks,
     tucker_split,
@@ -180,3 +181,69 @@ def test_tucker_ranks_stay_within_the_budget(outs, ins, positions, budget) -> No
     assert first <= ins
     assert last <= outs
     assert first * ins + first * last * positions + last * outs <= budget * (1 + 1e-9)
+
+
+def cp_error(weight, parts) -> float:
+    """Squared error of a canonical split as three convolutions in float64."""
+    first, middle, last = (part.flatten(1).double() for part in parts)
+    product = torch.einsum("or,rk,ri->oik", last, middle, first).reshape(weight.shape)
+    return float((product - weight).square().sum())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 3), st.integers(1, 30), st.integers(0))
+def test_sweeps_never_raise_the_error_of_a_cp_split(outs, ins, wide, rank, seed) -> None:
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    weight = torch.randn(outs, ins, 3, wide, dtype=torch.float64, generator=generator)
+    errors = [cp_error(weight, cp_split(weight, rank, sweeps=n)) for n in (0, 3, 12)]
+    scale = float(weight.square().sum())
+    assert errors[0] + 1e-9 * scale >= errors[1] >= errors[2] - 1e-9 * scale
+    # Before the sweeps, what is lost are the squared singular values that are left out.
+    positions = torch.linalg.eigh(
+        (flat := weight.flatten(2).permute(2, 0, 1).reshape(3 * wide, -1)) @ flat.T
+    ).eigenvectors
+    slices = torch.einsum("oik,kp->poi", weight.flatten(2), positions)
+    values = torch.linalg.svdvals(slices).flatten().square().sort(descending=True).values
+    assert errors[0] == pytest.approx(float(values[rank:].sum()), abs=1e-9 * scale)
+    if rank >= min(outs, ins) * 3 * wide:
+        assert errors[2] <= 1e-9 * scale
+
+
+def test_cp_against_conv2d_and_planted_terms() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    weight = torch.einsum("or,ir,krl->oikl", normal(12, 4), normal(10, 4), normal(3, 4, 3))
+    parts = cp_split(weight, 4, sweeps=200)
+    x = normal(2, 10, 9, 9)
+    first, middle, last = parts
+    between = F.conv2d(F.conv2d(x, first), middle, padding=1, stride=2, groups=4)
+    wanted = F.conv2d(x, weight, padding=1, stride=2)
+    error = (F.conv2d(between, last) - wanted).norm() / wanted.norm()
+    # Least squares in turn creep: sweeps end where one gains less than a thousandth.
+    assert error < 0.05
+    sizes = [part.flatten(1).norm(dim=1) for part in (first, middle)]
+    torch.testing.assert_close(sizes[0], sizes[1])  # terms are balanced
+
+
+def test_terms_that_would_cancel_are_not_taken() -> None:
+    """A tensor of rank three that is a limit of tensors of rank two: terms would grow for ever."""
+    generator = torch.Generator().manual_seed(0)
+    bases = torch.randn(3, 2, 6, dtype=torch.float64, generator=generator)
+    terms = [
+        torch.einsum("o,i,k->oik", *(basis[j] for basis, j in zip(bases, term, strict=True)))
+        for term in ((0, 0, 1), (0, 1, 0), (1, 0, 0))
+    ]
+    cube = torch.stack(terms).sum(0)
+    whole = float(cube.square().sum())
+    errors = []
+    for sweeps in (0, 3000):
+        left, right, places = (
+            part.flatten(1) for part in cp_split(cube[..., None], 2, sweeps=sweeps)
+        )
+        errors.append(cp_error(cube[..., None], (left, right, places)))
+        sizes = left.norm(dim=1) * right.norm(dim=1) * places.norm(dim=0)
+        assert float(sizes.square().sum()) <= 100 * whole * (1 + 1e-6)
+    assert errors[1] < errors[0]

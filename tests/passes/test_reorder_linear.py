@@ -114,7 +114,7 @@ def test_a_folded_norm_leaves_the_names_of_the_layer() -> None:
     model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
     after = reordered(model, torch.randn(2, 3, 9, 9))
     assert set(after.parameters) == {"0.weight", "0.bias"}
-    assert after.history[-1].statistics == {"fused": 2, "into": 1, "norms": 1}
+    assert after.history[-1].statistics == {"fused": 2, "into": 1, "norms": 1, "heads": 0}
 
 
 def test_a_norm_in_training_stays() -> None:
@@ -238,3 +238,56 @@ def test_float32_is_rounded_once() -> None:
     assert found["passed"]
     assert found["max_rel_error"] < 1e-6  # the rounding of the new weights
     assert after.tensor("0.weight").dtype == torch.float32
+
+
+# -- attention with one head -----------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Attention as models write it: directly, or with an axis for heads; with or without a mask."""
+
+    def __init__(self, width: int = 12, inner: int = 12, heads: int = 0, *, bias: bool) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner, bias=bias)
+        self.out = nn.Linear(inner, width, bias=bias)
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.heads:
+            q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (q, k, v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.heads:
+            mixed = mixed.transpose(1, 2).flatten(2)
+        return x + self.out(mixed)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inner", "heads"), [(12, 0), (12, 1), (20, 0)])
+def test_the_output_projection_of_one_head_goes_into_its_values(
+    inner: int, heads: int, bias: bool
+) -> None:
+    after = reordered(Attention(inner=inner, heads=heads, bias=bias), torch.randn(2, 5, 12))
+    assert after.history[-1].statistics["heads"] == 1
+    assert ops(after).count("linear.default") == 3
+    assert after.tensor("value.fused_weight").shape == (12, 12)
+    assert "value.weight" not in after.entries
+
+
+@pytest.mark.parametrize(("inner", "heads"), [(12, 2), (8, 0), (20, 1)])
+def test_it_stays_where_that_would_be_more_work(inner: int, heads: int) -> None:
+    """Several heads, a narrow value, and views that say a width which would change."""
+    after = reordered(Attention(inner=inner, heads=heads, bias=True), torch.randn(2, 5, 12))
+    assert not after.history[-1].changed
+
+
+def test_fully_masked_rows_stay_what_they_were() -> None:
+    class Masked(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask = torch.ones(5, 5, dtype=torch.bool).tril(-1)  # the first row sees nothing
+            parts = (self.query(x), self.key(x), self.value(x))
+            return self.out(nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask))
+
+    after = reordered(Masked(bias=True), torch.randn(2, 5, 12))
+    assert after.history[-1].statistics["heads"] == 1

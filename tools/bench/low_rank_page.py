@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.bench_low_rank import RESULTS
+from torchlathe.tools.bench.low_rank.quality import CONTESTANTS, HEAL
 
 __all__ = ["main", "measured"]
 
@@ -31,6 +32,29 @@ QUALITY = """
 The pretrained sentence encoder, with nothing trained after the split. Mean cosine of the embeddings
 of 96 sentences of Python's documentation to those of the original; 256 others to calibrate with.
 Columns are the share of the parameters of the 36 linear layers that is kept (embeddings stay).
+What is not said to be uniform is allocated; *tensor trains* and *Kronecker sums* stand alone with
+dense.
+"""
+
+WHOLE = """
+### The same, by the share of the whole model
+
+`params=`: more than half of MiniLM is its embedding of words, which is split too.
+"""
+
+CHARACTERS = """
+### Perplexity of a character model against size
+
+A Llama of four layers, trained here on the text of `pydoc_data.topics`
+(`torchlathe.tools.bench.character_model`); perplexity per character of text that it has not seen,
+{dense:.3f} as it is. Columns as above, of its 29 linear layers.
+"""
+
+HEALED = """
+### The character model before and after healing
+
+The same perplexity before and after `{heal}`, which refits every layer by least squares from the
+inputs that the compressed model has to the outputs that the original has; the same 16 batches.
 """
 
 TIMES = """
@@ -43,8 +67,15 @@ keeps half of the parameters; *low rank* is a sixteenth of the full rank, by the
 SPEEDS = """
 ### Speed of a split layer
 
-Time of the dense linear layer over that of its two factors ({modes}; above 1 is faster), float32,
-by share of parameters kept and rows of the input.
+Time of the dense linear layer over that of its two factors (above 1 is faster), float32, at the
+same number of threads, by share of parameters kept and rows of the input.
+"""
+
+MEMORY = """
+### Peak memory of a split
+
+Bytes by which the peak of the process rose during a split to half of stacks of equal layers of
+1024 x 1024 (`Calibration(..., limit_bytes=0)`), less those of the factors that it makes, in layers.
 """
 
 
@@ -55,62 +86,98 @@ def measured(result: dict[str, Any]) -> str:
         result: The content of the result file.
     """
     parts = [HEAD.format(**result)]
-    if rows := result.get("quality"):
-        parts += [QUALITY, _quality(rows)]
-    if rows := result.get("times"):
+    quality = result.get("quality", [])
+    if rows := [row for row in quality if not row.get("whole")]:
+        parts += [QUALITY, _quality(rows, "cosine", max)]
+    if rows := [row for row in quality if row.get("whole")]:
+        parts += [WHOLE, _quality(rows, "cosine", max)]
+    if rows := [row for row in result.get("characters", ()) if row["share"] < 1]:
+        dense = next(r["perplexity"] for r in result["characters"] if r["share"] == 1)
+        parts += [CHARACTERS.format(dense=dense), _quality(rows, "perplexity", min)]
+    rows = result.get("healed", [])
+    if rows:
+        parts += [HEALED.format(heal=HEAL), _healed(rows)]
+    rows = result.get("times", [])
+    if rows:
         parts += [TIMES, _times(rows)]
-    if rows := result.get("speeds"):
-        parts += [SPEEDS.format(modes=", ".join(_modes(rows))), _speeds(rows)]
+    rows = result.get("speeds", [])
+    if rows:
+        parts += [SPEEDS, _speeds(rows)]
+    rows = result.get("memory", [])
+    if rows:
+        parts += [MEMORY, _memory(rows)]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def _quality(rows: Sequence[dict[str, Any]]) -> str:
+def _quality(
+    rows: Sequence[dict[str, Any]], what: str, best_of: Callable[[Iterable[float]], float]
+) -> str:
+    """A line for each contestant; the best of each size is bold."""
     shares = sorted({row["share"] for row in rows}, reverse=True)
-    names = list(dict.fromkeys(row["contestant"] for row in rows))
-    cosines = {(row["contestant"], row["share"]): row["cosine"] for row in rows}
-    best = {share: max(c for (_, s), c in cosines.items() if s == share) for share in shares}
+    order = {name: place for place, name in enumerate(CONTESTANTS)}
+    names = dict.fromkeys(row["contestant"] for row in rows)
+    values = {(row["contestant"], row["share"]): row[what] for row in rows}
+    best = {share: best_of(v for (_, s), v in values.items() if s == share) for share in shares}
 
     def cell(name: str, share: float) -> str:
-        value = cosines.get((name, share))
+        value = values.get((name, share))
         if value is None:
             return "-"
-        return f"**{value:.3f}**" if value == best[share] else f"{value:.3f}"
+        return f"**{value:.3f}**" if f"{value:.3f}" == f"{best[share]:.3f}" else f"{value:.3f}"
 
-    table = [[name, *(cell(name, share) for share in shares)] for name in names]
-    return _table(["method, allocation", *(f"{share:.0%}" for share in shares)], table)
+    listed = sorted(names, key=lambda name: order.get(name, len(order)))
+    table = [[name, *(cell(name, share) for share in shares)] for name in listed]
+    return _table(["method", *(f"{share:.0%}" for share in shares)], table)
+
+
+def _healed(rows: Sequence[dict[str, Any]]) -> str:
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    found = {
+        (row["contestant"], row["share"]): f"{row['before']:.3f} → {row['perplexity']:.3f}"
+        for row in rows
+    }
+    names = dict.fromkeys(row["contestant"] for row in rows)
+    table = [[name, *(found.get((name, share), "-") for share in shares)] for name in names]
+    return _table(["method", *(f"{share:.0%}" for share in shares)], table)
 
 
 def _times(rows: Sequence[dict[str, Any]]) -> str:
+    reference = {
+        tuple(row["shape"]): row["seconds"] for row in rows if row["case"] == "torch.linalg.svd"
+    }
     table = [
         [
             "x".join(map(str, row["shape"])),
             row["case"] + (f", rank {row['rank']}" if "linalg" not in row["case"] else ""),
             f"{row['seconds']:.2f}",
-            f"{row['ratio']:.2f}",
+            f"{row['seconds'] / reference[tuple(row['shape'])]:.2f}",
         ]
         for row in rows
     ]
     return _table(["matrix", "what", "seconds", "ratio"], table)
 
 
-def _modes(rows: Iterable[dict[str, Any]]) -> list[str]:
-    return [mode for mode in ("eager", "inductor") if all(mode in row for row in rows)]
-
-
 def _speeds(rows: Sequence[dict[str, Any]]) -> str:
-    modes = _modes(rows)
     counts = sorted({row["rows"] for row in rows})
-    keys = list(dict.fromkeys((tuple(row["shape"]), row["share"], row["rank"]) for row in rows))
-    found = {(tuple(r["shape"]), r["share"], r["rows"]): r for r in rows}
+    keys = list(dict.fromkeys((tuple(r["shape"]), r["share"], r["rank"], r["mode"]) for r in rows))
+    found = {(tuple(r["shape"]), r["share"], r["mode"], r["rows"]): r["ratio"] for r in rows}
     table = []
-    for shape, share, rank in keys:
-        cells = (
-            " / ".join(f"{found[shape, share, count][mode]:.2f}" for mode in modes)
-            for count in counts
-        )
-        table.append(["x".join(map(str, shape)), f"{share:.0%}", str(rank), *cells])
-    header = ["layer", "kept", "rank", *(f"{count} rows" for count in counts)]
+    for shape, share, rank, mode in sorted(keys, key=lambda key: (key[0], -key[1], key[3])):
+        cells = (f"{found[shape, share, mode, count]:.2f}" for count in counts)
+        table.append(["x".join(map(str, shape)), f"{share:.0%}", str(rank), mode, *cells])
+    header = ["layer", "kept", "rank", "backend", *(f"{count} rows" for count in counts)]
     return _table(header, table)
+
+
+def _memory(rows: Sequence[dict[str, Any]]) -> str:
+    depths = sorted({row["layers"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {
+        (r["method"], r["layers"]): (r["peak_bytes"] - r["factors_bytes"]) / r["layer_bytes"]
+        for r in rows
+    }
+    table = [[m, *(f"{found[m, depth]:.1f}" for depth in depths)] for m in methods]
+    return _table(["method", *(f"{depth} layers" for depth in depths)], table)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias, get_args
 
-from torchlathe.ir import OptionError, Program
+from torchlathe.ir import Program
 from torchlathe.passes.base import Diagnostic, PassContext
-from torchlathe.passes.quantities import quantity
-from torchlathe.passes.rewrite.allocation.budgets import UNITS, whole_costs
+from torchlathe.passes.rewrite.factorising.budget import LayerBudget, amount_text
 from torchlathe.passes.rewrite.factorising.choosing import (
     Option,
     choose_exact,
@@ -16,13 +16,39 @@ from torchlathe.passes.rewrite.factorising.choosing import (
     cost_of,
     thinned,
 )
+from torchlathe.passes.rewrite.factorising.making import Factors
 from torchlathe.passes.rewrite.factorising.metrics import Metrics
-from torchlathe.passes.rewrite.factorising.plans import Form, Plan, most_rank, plan_of, plans
+from torchlathe.passes.rewrite.factorising.networks import Networks, plans_of_networks
+from torchlathe.passes.rewrite.factorising.plans import (
+    Form,
+    Plan,
+    can_keep_rows,
+    fits,
+    most_rank,
+    plan_of,
+)
+from torchlathe.passes.rewrite.factorising.profiles import plans
+from torchlathe.passes.rewrite.factorising.proving import changes_of_outputs
+from torchlathe.passes.rewrite.factorising.remainders import kept_rows
 from torchlathe.passes.rewrite.factorising.sensitivity import Effects, output_weights
 from torchlathe.passes.rewrite.factorising.sites import Site, same_input
 from torchlathe.passes.rewrite.factorising.splits import rank_for
+from torchlathe.passes.rewrite.factorising.timing import Timed
+from torchlathe.passes.rewrite.tensor_networks.plans import NetworkKind
 
-__all__ = ["Allotment", "Wanted", "allot", "uniform"]
+__all__ = ["Allotment", "Wanted", "allot", "rank_within", "uniform"]
+
+# A choice that turns out too slow is made again with less, so many times.
+_CORRECTIONS = 3
+_NEAR = 1.02
+# What a mixed choice is tried against, by labels of plans.
+_FEWER = {
+    "products": ("svd", "whitened-svd", "joint", "spatial", "tucker", "cp"),
+    "whitened and joint": ("whitened-svd", "joint"),
+    "whitened": ("whitened-svd",),
+}
+
+Solve: TypeAlias = Callable[[Sequence[Option], float], list[Option]]
 
 
 @dataclass(frozen=True)
@@ -33,13 +59,15 @@ class Wanted:
         where: Name of the pass, for messages.
         method: The norm, or ``"mixed"``.
         forms: Of factors that may be chosen, the first for layers that get no choice.
-        budget: ``"params"``, ``"bytes"`` or ``"flops"`` of the whole model, with the amount; None
-            where ``share`` or ``rank`` says how much.
+        budget: Name and amount of the budget of the whole model; None where ``share`` or ``rank``
+            says how much.
         share: Of the parameters of the layers.
         rank: Of every layer.
         joint: Whether layers that read the same input share a factor.
         damping: As `splits.split` takes it.
         weigh: ``"output"`` or ``"layer"``: whose errors are to be small in sum.
+        remainder: Share of the rows that are kept as they are.
+        among: Labels of what ``"mixed"`` chooses among.
     """
 
     where: str
@@ -51,6 +79,13 @@ class Wanted:
     joint: bool
     damping: float
     weigh: str = "output"
+    remainder: float = 0.0
+    among: tuple[str, ...] = ()
+
+    def kept(self, sites: Sequence[Site]) -> int:
+        """Rows of these sites that are kept."""
+        alone = len(sites) == 1 and can_keep_rows(sites[0])
+        return kept_rows(sites[0].outs, self.remainder) if alone else 0
 
 
 @dataclass
@@ -61,11 +96,15 @@ class Allotment:
         plans: The plans.
         metrics: The norms that they are to be made in.
         diagnostics: What to tell.
+        options: What there was to choose from.
+        made: Factors of plans that are known already.
     """
 
     plans: list[Plan]
     metrics: Metrics
     diagnostics: list[Diagnostic] = field(default_factory=list)
+    options: list[Option] = field(default_factory=list)
+    made: dict[Plan, Factors] = field(default_factory=dict)
 
 
 def uniform(
@@ -87,13 +126,23 @@ def uniform(
     Raises:
         OptionError: The budget is below what the pass leaves alone.
     """
-    share = None if wanted.rank else _Budget.of(wanted, program, sites).share
+    budget = None if wanted.rank else _budget(wanted, program, sites)
     method = wanted.method
     found = []
     for group in _groups(sites, joint=wanted.joint):
         form = _form(group, wanted.forms[0])
-        rank = wanted.rank or rank_within(group, form, share or 0.0)
-        plan = plan_of(group, method, form, min(rank, _full(group)))
+        kept = wanted.kept(group) if form == "matrix" else 0
+        if budget is None:
+            rank = wanted.rank or 0
+        else:
+            rank = rank_within(group, form, budget.share, kept=kept)
+        most = rank if form == "cp" else min(rank, _full(group))
+        plan = plan_of(group, method, form, most, kept=kept)
+        # Strides and the places of kept rows are in the price, but not in the share.
+        allowed = 0.0 if budget is None else budget.share * sum(budget.spent[s] for s in group)
+        while plan is not None and budget is not None and budget.price(plan) > allowed:
+            most -= 1
+            plan = plan_of(group, method, form, most, kept=kept)
         if plan is not None:
             found.append(plan)
             continue
@@ -110,6 +159,7 @@ def allot(
     metrics: Metrics,
     how: str,
     effects: Effects = output_weights,
+    networks: Networks = plans_of_networks,
 ) -> Allotment:
     """The plans of least summed relative squared error within the budget.
 
@@ -121,75 +171,166 @@ def allot(
         metrics: The norms that errors are told in.
         how: ``"greedy"`` or ``"exact"``.
         effects: Measures what errors do to the outputs.
+        networks: Fits networks of one kind to a layer.
 
     Raises:
         OptionError: The budget is below what the pass leaves alone.
     """
-    budget = _Budget.of(wanted, program, sites)
+    timed: Timed | None = None
+    if wanted.budget is not None and wanted.budget[0] == "latency":
+        timed = Timed.of(program, sites, ctx.report)
+        budget = timed.budget(wanted.budget[1], wanted.where)
+    else:
+        budget = _budget(wanted, program, sites)
     if wanted.weigh == "output":
         known = "svd" if wanted.method == "svd" else "whitened-svd"
         found = effects(program, ctx, sites, metrics, known, wanted.damping)
         metrics = replace(metrics, effects=found)
-    options = list(_options(wanted, program, ctx, sites, metrics, budget))
+    ways = list(_ways(wanted, program, ctx, sites, metrics, networks))
+    if timed is not None:
+        timed.learn(ways)
+    options = [Option((site,), None, budget.spent[site], 0.0) for site in sites]
+    for plan in ways:
+        loss = plan.error * metrics.effect(*plan.sites)
+        options.append(Option(plan.sites, plan, budget.price(plan), loss))
     solve = choose_exact if how == "exact" else choose_greedy
     ctx.report(f"choosing among {len(options)} ways to split {len(sites)} layers")
-    chosen = solve(thinned(options), budget.amount)
-    order = {site: i for i, site in enumerate(sites)}
-    picked = [option.plan for option in chosen if option.plan is not None]
-    allotted = Allotment(sorted(picked, key=lambda plan: order[plan.sites[0]]), metrics)
-    if (cost := cost_of(chosen)) > budget.amount:
-        unit = UNITS[budget.name].symbol
+    allotted = Allotment([], metrics, options=options)
+    options = thinned(options)
+    chosen = solve(options, budget.amount)
+    if timed is not None:
+        chosen = _fast_enough(timed, options, budget, solve, chosen, allotted.diagnostics)
+    elif (cost := cost_of(chosen)) > budget.amount:
         text = (
-            f"asked for at most {budget.amount:,.0f}{unit} of {budget.name} in these layers, but "
-            f"{cost:,.0f}{unit} is the least"
+            f"asked for at most {amount_text(budget.name, budget.amount)} of {budget.name} in "
+            f"these layers, but {amount_text(budget.name, cost)} is the least"
         )
         allotted.diagnostics.append(Diagnostic("warning", text))
+    if wanted.method == "mixed" and wanted.weigh == "output" and timed is None:
+        chosen = _tried(wanted, program, ctx, budget, solve, chosen, allotted)
+    order = {site: i for i, site in enumerate(sites)}
+    allotted.plans = sorted(_plans(chosen), key=lambda plan: order[plan.sites[0]])
     return allotted
 
 
-def rank_within(sites: Sequence[Site], form: Form, share: float) -> int:
+def _tried(
+    wanted: Wanted,
+    program: Program,
+    ctx: PassContext,
+    budget: LayerBudget,
+    solve: Solve,
+    chosen: list[Option],
+    allotted: Allotment,
+) -> list[Option]:
+    """The choice, or that among fewer methods where it changes the outputs less."""
+    candidates = {"all": chosen}
+    for name, labels in _FEWER.items():
+        fewer = [o for o in allotted.options if o.plan is None or o.plan.label in labels]
+        found = solve(thinned(fewer), budget.amount)
+        if cost_of(found) <= budget.amount and not any(
+            set(_plans(found)) == set(_plans(other)) for other in candidates.values()
+        ):
+            candidates[name] = found
+    if len(candidates) < 2:
+        return chosen
+    plans = [_plans(found) for found in candidates.values()]
+    changes, allotted.made = changes_of_outputs(
+        program, ctx, plans, allotted.metrics, wanted.damping
+    )
+    best = min(range(len(plans)), key=changes.__getitem__)
+    allotted.made = {plan: allotted.made[plan] for plan in plans[best]}
+    told = ", ".join(f"{n} {c:.3g}" for n, c in zip(candidates, changes, strict=True))
+    text = f"relative squared change of the outputs by what is chosen among: {told}"
+    allotted.diagnostics.append(Diagnostic("note", text))
+    return list(candidates.values())[best]
+
+
+def _fast_enough(
+    timed: Timed,
+    options: Sequence[Option],
+    budget: LayerBudget,
+    solve: Solve,
+    chosen: list[Option],
+    diagnostics: list[Diagnostic],
+) -> list[Option]:
+    """The choice, corrected by how long the whole program really takes with it."""
+    most = (budget.amount + timed.rest) * timed.factor
+    amount, found = budget.amount, timed.measure(_plans(chosen))
+    best = found, chosen
+    for _ in range(_CORRECTIONS):
+        if found <= most * _NEAR or cost_of(chosen) > amount:
+            break
+        amount -= (found - most) / timed.factor
+        chosen = solve(options, max(amount, 0.0))
+        found = timed.measure(_plans(chosen))
+        best = min(best, (found, chosen), key=lambda pair: pair[0])
+    found, chosen = best if found > most * _NEAR else (found, chosen)
+    text = f"a run takes {found * 1e3:.3g} ms with these splits, and {timed.whole * 1e3:.3g} before"
+    missed = found > most * _NEAR
+    if missed:
+        text = f"asked for a run of at most {most * 1e3:.3g} ms: {text}"
+    diagnostics.append(Diagnostic("warning" if missed else "note", text))
+    return chosen
+
+
+def _plans(chosen: Sequence[Option]) -> list[Plan]:
+    return [option.plan for option in chosen if option.plan is not None]
+
+
+def rank_within(sites: Sequence[Site], form: Form, share: float, *, kept: int = 0) -> int:
     """The largest rank at which the factors hold at most this share of the parameters."""
     first = sites[0]
-    if form == "matrix" and first.groups == 1:
+    if form == "matrix" and first.groups == 1 and not kept:
         return rank_for(sum(site.outs for site in sites), first.ins, share)
     # `most_rank` divides the whole by what one rank takes.
     whole = sum(site.parameters for site in sites)
-    most = max(most_rank(sites, form), 1)
-    one = plan_of(sites, "svd", form, 1)
-    each = whole / most if one is None or form == "tucker" else one.parameters
-    return int(share * whole / each)
+    rows = kept * first.groups * first.ins
+    most = max(most_rank(sites, form, kept=kept), 1)
+    one = plan_of(sites, "svd", form, 1, kept=kept)
+    each = (whole - rows) / most if one is None or form == "tucker" else one.parameters - rows
+    return max(int((share * whole - rows) / each), 0)
 
 
-def _options(
+def _budget(wanted: Wanted, program: Program, sites: Sequence[Site]) -> LayerBudget:
+    where, share = wanted.where, wanted.share
+    return LayerBudget.of(program, sites, budget=wanted.budget, share=share, where=where)
+
+
+def _ways(
     wanted: Wanted,
     program: Program,
     ctx: PassContext,
     sites: Sequence[Site],
     metrics: Metrics,
-    budget: _Budget,
-) -> Iterator[Option]:
+    networks: Networks,
+) -> Iterator[Plan]:
+    """Every plan that there is to choose from, with its error."""
     mixed = wanted.method == "mixed"
-    # Where nothing is known of the data, the whitened split is the plain one.
-    methods = ("whitened-svd", "svd") if mixed else (wanted.method,)
+    methods: Sequence[str] = (wanted.method,)
+    remainders = {wanted.remainder}
+    if mixed:
+        # Where nothing is known of the data, the whitened split is the plain one.
+        methods = [name for name in ("whitened-svd", "svd") if name in wanted.among]
+        remainders.add(0.0)
+    grouped = wanted.joint or (mixed and "joint" in wanted.among)
     joint = [g for g in same_input(sites) if len({s.weight for s in g}) == len(g)]
     together = {site for group in joint for site in group} if wanted.joint and not mixed else set()
+    kinds: list[NetworkKind] = [kind for kind in get_args(NetworkKind) if kind in wanted.among]
+    damping = wanted.damping
     for number, site in enumerate(sites):
         ctx.report(f"profile of {site.weight} ({number + 1}/{len(sites)})")
-        yield Option((site,), None, budget.dense(site), 0.0)
         if site in together:
             continue
         forms = wanted.forms if mixed else (_form([site], wanted.forms[0]),)
-        for plan in plans([site], methods, forms, program, metrics, wanted.damping):
-            yield _option(plan, budget, metrics)
-    for group in joint if mixed or wanted.joint else ():
+        yield from plans(
+            [site], methods, forms, program, metrics, damping, remainders=sorted(remainders)
+        )
+        for kind in kinds if mixed else ():
+            yield from networks(site, kind, program, metrics, damping)
+    for group in joint if grouped else ():
         ctx.report(f"profile of {', '.join(site.weight for site in group)} together")
-        for plan in plans(group, methods[:1], ("matrix",), program, metrics, wanted.damping):
-            yield _option(plan, budget, metrics)
-
-
-def _option(plan: Plan, budget: _Budget, metrics: Metrics) -> Option:
-    loss = plan.error * metrics.effect(*plan.sites)
-    return Option(plan.sites, plan, budget.split(plan), loss)
+        shared = "svd" if wanted.method == "svd" else methods[0] if methods else "whitened-svd"
+        yield from plans(group, (shared,), ("matrix",), program, metrics, damping)
 
 
 def _groups(sites: Sequence[Site], *, joint: bool) -> list[tuple[Site, ...]]:
@@ -202,12 +343,7 @@ def _groups(sites: Sequence[Site], *, joint: bool) -> list[tuple[Site, ...]]:
 
 def _form(sites: Sequence[Site], wanted: Form) -> Form:
     """The form where it fits, else the plain one."""
-    kernel = sites[0].kernel
-    if sites[0].groups > 1 or all(k == 1 for k in kernel):
-        return "matrix"
-    if wanted == "spatial" and (len(kernel) != 2 or 1 in kernel):
-        return "matrix"
-    return wanted
+    return wanted if fits(sites[0], wanted) else "matrix"
 
 
 def _full(sites: Sequence[Site]) -> int:
@@ -220,91 +356,3 @@ def _too_small(site: Site) -> str:
         if site.groups == 1
         else ("its groups are too small for any rank")
     )
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """What the layers together may cost, and what each costs, in one unit.
-
-    Attributes:
-        name: ``"params"``, ``"bytes"`` or ``"flops"``.
-        amount: What all layers may cost.
-        whole: What they cost as they are.
-        spent: What the calls of each site cost as they are.
-        width: Bytes of an element of each site.
-        rows: Rows that a site that is looked up gives.
-    """
-
-    name: str
-    amount: float
-    whole: float
-    spent: dict[Site, float]
-    factor: dict[Site, float]
-
-    @classmethod
-    def of(cls, wanted: Wanted, program: Program, sites: Sequence[Site]) -> _Budget:
-        name, asked = wanted.budget or ("params", 1.0)
-        spent, factor = _spent(program, sites, name)
-        whole = sum(spent.values())
-        if wanted.budget is None:
-            share = 0.5 if wanted.share is None else wanted.share
-            return cls(name, share * whole, whole, spent, factor)
-        everything = whole_costs(program, [name])[name]
-        kept = quantity(asked, UNITS[name], name=name, where=wanted.where).of(everything)
-        amount = kept - (everything - whole)
-        if amount <= 0:
-            unit = UNITS[name].symbol
-            raise OptionError(
-                f"{name}={asked} leaves {kept:,.0f}{unit}, "
-                f"but what the pass does not split takes {everything - whole:,.0f}{unit}",
-                where=wanted.where,
-                hint="give a larger one, name more layers, or set share, which counts only the "
-                "layers that are split",
-            )
-        return cls(name, amount, whole, spent, factor)
-
-    @property
-    def share(self) -> float:
-        """Of what the layers cost, how much they may."""
-        return self.amount / self.whole if self.whole else 1.0
-
-    def dense(self, site: Site) -> float:
-        """What a site costs as it is."""
-        return self.spent[site]
-
-    def split(self, plan: Plan) -> float:
-        """What a plan costs."""
-        first = plan.sites[0]
-        return plan.parameters * self.factor[first] * _strided(plan, self.name)
-
-
-def _spent(
-    program: Program, sites: Sequence[Site], name: str
-) -> tuple[dict[Site, float], dict[Site, float]]:
-    """What each site costs, and what each parameter of its factors would."""
-    if name != "flops":
-        width = {
-            site: program.tensor(site.weight).element_size() if name == "bytes" else 1
-            for site in sites
-        }
-        return {site: site.parameters * w for site, w in width.items()}, dict(width)
-    nodes = program.cost().at().nodes
-    spent = {site: float(sum(nodes[c.name].flops for c in site.calls)) for site in sites}
-    return spent, {site: spent[site] / site.parameters for site in sites}
-
-
-def _strided(plan: Plan, name: str) -> float:
-    """How many more positions the first factors see than the result has, on the average."""
-    if name != "flops" or plan.form == "matrix":
-        return 1.0
-    from torchlathe.passes.rewrite.factorising.writing import strides
-
-    site = plan.sites[0]
-    steps = strides(site)
-    if plan.form == "spatial":
-        first = plan.ranks[0] * site.shape[1] * site.shape[2]
-        return 1 + (steps[1] - 1) * first / plan.parameters
-    area = 1.0
-    for step in steps:
-        area *= step
-    return 1 + (area - 1) * plan.ranks[0] * site.shape[1] / plan.parameters

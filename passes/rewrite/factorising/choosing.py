@@ -8,7 +8,11 @@ Source: own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torchlathe.passes.rewrite.factorising.plans import Plan
@@ -81,19 +85,41 @@ def choose_exact(
     scale = max(budget, 1e-300)
     costs = numpy.array([[option.cost / scale for option in options]])
     losses = numpy.array([option.loss for option in options])
-    found = milp(
-        losses / max(float(losses.max(initial=0.0)), 1e-300),
-        constraints=[LinearConstraint(covers, 1, 1), LinearConstraint(costs, -numpy.inf, 1.0)],
-        integrality=numpy.ones(len(options), dtype=int),
-        bounds=Bounds(0, 1),
-        options={"time_limit": seconds, "mip_rel_gap": 1e-6},
-    )
+    with _silent():
+        found = milp(
+            losses / max(float(losses.max(initial=0.0)), 1e-300),
+            constraints=[LinearConstraint(covers, 1, 1), LinearConstraint(costs, -numpy.inf, 1.0)],
+            integrality=numpy.ones(len(options), dtype=int),
+            bounds=Bounds(0, 1),
+            options={"time_limit": seconds, "mip_rel_gap": 1e-6},
+        )
     if found.x is None:
         return fallback
     chosen = [option for option, taken in zip(options, found.x, strict=True) if taken > 0.5]
     # The solver's tolerance may let it go over by a hair, and its time may be up.
     fits = cost_of(chosen) <= budget
     return chosen if fits and loss_of(chosen) <= loss_of(fallback) else fallback
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Hold back what compiled code prints: the solver does so past Python's own stream."""
+    try:
+        sys.stdout.flush()
+        kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except (OSError, ValueError, AttributeError):  # there is no standard output
+        yield
+        return
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        # What is still in the buffer of the C library would be printed later.
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def choose_greedy(options: Sequence[Option], budget: float) -> list[Option]:

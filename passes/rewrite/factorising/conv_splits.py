@@ -6,11 +6,16 @@ matrix, see `torchlathe.passes.rewrite.factorising.splits`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from torchlathe.passes.rewrite.factorising.splits import svd_split
 
-__all__ = ["spatial_split", "tucker_ranks", "tucker_split"]
+__all__ = ["cp_errors", "cp_split", "spatial_split", "tucker_ranks", "tucker_split"]
+
+# Sum of the squared norms of canonical terms over that of the tensor, past which they cancel.
+_MOST_CANCELLING = 100.0
 
 
 def spatial_split(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +86,140 @@ def tucker_split(
     middle = core.reshape(left.shape[1], right.shape[1], *kernel)
     dtype = weight.dtype
     return first.to(dtype).contiguous(), middle.to(dtype), last.to(dtype).contiguous()
+
+
+def cp_split(weight: torch.Tensor, rank: int, *, sweeps: int = 25) -> tuple[torch.Tensor, ...]:
+    """A kernel as 1 x 1 to ``rank`` channels, a kernel for each of them alone, and 1 x 1.
+
+    The canonical decomposition of the kernel as a tensor of three axes (outs, ins, positions), by
+    alternating least squares. It begins with the largest singular triplets of the kernel's slices
+    along its principal positions, where what is left out is the error; no sweep raises it. Sums of
+    canonical terms may have no best approximation: terms then grow and cancel. The sweeps end
+    before that, and terms are balanced, so that the three factors of one have the same norm.
+
+    Source: arXiv 1412.6553, section 3 (there the axes of the kernel are apart, which takes one more
+    convolution for hardly fewer parameters); start and end of the sweeps, own.
+
+    Args:
+        weight: Shape (outs, ins, *kernel).
+        rank: Number of terms.
+        sweeps: At most so many; fewer where a sweep gains less than a thousandth.
+
+    Returns:
+        Kernels (rank, ins, 1...), (rank, 1, *kernel) for as many groups, and (outs, rank, 1...).
+    """
+    wide = weight.detach().double()
+    outs, ins, *kernel = wide.shape
+    cube = wide.reshape(outs, ins, -1)
+    factors = _slice_terms(cube, rank)
+    left, right, places = _balanced(_swept(cube, factors, sweeps))
+    ones = [1] * len(kernel)
+    first = right.T.reshape(rank, ins, *ones)
+    middle = places.T.reshape(rank, 1, *kernel)
+    last = left.reshape(outs, rank, *ones)
+    dtype = weight.dtype
+    return tuple(kernel.to(dtype).contiguous() for kernel in (first, middle, last))
+
+
+def cp_errors(weight: torch.Tensor, ranks: Sequence[int], *, sweeps: int = 3) -> list[float]:
+    """Squared errors of `cp_split` over the squared norm after a few sweeps, for ascending ranks.
+
+    Terms of a lower rank are the first ones of a higher one when the sweeps begin, so that the
+    slices are decomposed once.
+    """
+    wide = weight.detach().double()
+    cube = wide.reshape(*wide.shape[:2], -1)
+    whole = float(cube.square().sum())
+    terms = _slice_terms(cube, max(ranks, default=1))
+    errors = []
+    for rank in ranks:
+        left, right, places = (term[:, :rank] for term in terms)
+        errors.append(_cp_error(cube, _swept(cube, (left, right, places), sweeps)))
+    return [error / whole if whole > 0 else 0.0 for error in errors]
+
+
+_Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _swept(cube: torch.Tensor, factors: _Terms, sweeps: int) -> _Terms:
+    """Terms after up to so many sweeps, none of which raises the error or lets terms cancel."""
+    error, whole = _cp_error(cube, factors), float(cube.square().sum())
+    for _ in range(sweeps):
+        tried = _sweep(cube, factors)
+        now = _cp_error(cube, tried)
+        sizes = torch.stack([factor.norm(dim=0) for factor in tried]).prod(0)
+        if not now <= error or float(sizes.square().sum()) > _MOST_CANCELLING * whole:
+            break
+        done = error - now <= 1e-3 * error
+        factors, error = tried, now
+        if done:
+            break
+    return factors
+
+
+def _slice_terms(cube: torch.Tensor, rank: int) -> _Terms:
+    """The largest singular triplets of slices along the principal directions of the last axis."""
+    positions = cube.shape[2]
+    rotation = _leading(cube.permute(2, 0, 1).reshape(positions, -1), positions)
+    slices = torch.einsum("oik,kp->poi", cube, rotation)
+    left, values, right = torch.linalg.svd(slices, full_matrices=False)
+    chosen = values.flatten().topk(min(rank, values.numel())).indices
+    slice_, place = chosen // values.shape[1], chosen % values.shape[1]
+    size = values[slice_, place]
+    terms = left[slice_, :, place].T * size, right[slice_, place, :].T, rotation[:, slice_]
+    missing = rank - len(chosen)
+    # More terms than there are triplets: the further ones are zero.
+    first, second, third = (torch.nn.functional.pad(term, (0, missing)) for term in terms)
+    return first, second, third
+
+
+def _sweep(cube: torch.Tensor, factors: _Terms) -> _Terms:
+    """One round of least squares for each factor; the others are normalised before it."""
+    left, right, places = factors
+    right, places = _unit(right), _unit(places)
+    # Slice by slice, since the products of all of them at once would take the rank times as much.
+    pairs = list(zip(cube.unbind(2), places, strict=True))
+    left = _unit(_solved(_sum(s @ (right * place) for s, place in pairs), right, places))
+    right = _unit(_solved(_sum(s.T @ (left * place) for s, place in pairs), left, places))
+    crossed = torch.stack([((s @ right) * left).sum(0) for s, _ in pairs])
+    return left, right, _solved(crossed, left, right)
+
+
+def _sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    for part in parts:
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _solved(crossed: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The factor of least squares, from the tensor's products with the other two, both unit."""
+    gram = (first.T @ first) * (second.T @ second)
+    gram.diagonal().add_(1e-10 * float(gram.diagonal().mean()) + 1e-300)
+    solved: torch.Tensor = torch.linalg.solve(gram, crossed.T).T
+    return solved
+
+
+def _cp_error(cube: torch.Tensor, factors: _Terms) -> float:
+    left, right, places = factors
+    pairs = zip(cube.unbind(2), places, strict=True)
+    return sum(float((s - (left * place) @ right.T).square().sum()) for s, place in pairs)
+
+
+def _unit(factor: torch.Tensor) -> torch.Tensor:
+    unit: torch.Tensor = factor / factor.norm(dim=0).clamp_min(1e-300)
+    return unit
+
+
+def _balanced(factors: _Terms) -> _Terms:
+    """The same terms, each with three factors of one norm: their scales are free otherwise."""
+    sizes = torch.stack([factor.norm(dim=0) for factor in factors])
+    size = sizes.prod(0).pow(1 / 3)
+    left, right, places = (
+        factor * (size / own.clamp_min(1e-300)) for factor, own in zip(factors, sizes, strict=True)
+    )
+    return left, right, places
 
 
 def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, TypeAlias, get_args
 
-from torchlathe.ir import OptionError, PreconditionError, Program
-from torchlathe.ir.verifying import cannot_run
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
-from torchlathe.passes.rewrite.allocation.budgets import budgets
-from torchlathe.passes.rewrite.factorising.allotting import Wanted, allot, uniform
+from torchlathe.ir import Program
+from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
+from torchlathe.passes.rewrite.factorising.allotting import Allotment, Wanted, allot, uniform
+from torchlathe.passes.rewrite.factorising.amounts import AmountOptions
 from torchlathe.passes.rewrite.factorising.metrics import Metrics, collect_metrics
-from torchlathe.passes.rewrite.factorising.plans import Form, Plan, make
+from torchlathe.passes.rewrite.factorising.networks import (
+    Networks,
+    make_any,
+    plans_of_networks,
+    write_any,
+)
+from torchlathe.passes.rewrite.factorising.plans import Form, Plan
+from torchlathe.passes.rewrite.factorising.residuals import split_with_residuals
 from torchlathe.passes.rewrite.factorising.sensitivity import Effects, output_weights
 from torchlathe.passes.rewrite.factorising.sites import Site, chosen_sites, find_sites
-from torchlathe.passes.rewrite.factorising.writing import write
+from torchlathe.passes.rewrite.factorising.telling import (
+    left_alone,
+    listed,
+    profile,
+    statistics,
+    told,
+)
+from torchlathe.passes.rewrite.factorising.timing import seconds_of, slower, table_for
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
+from torchlathe.passes.rewrite.quantising.schemes import SCHEMES
 
 __all__ = ["LowRankSplit", "Sources"]
 
-Budget = float | str | None
+Method: TypeAlias = Literal[
+    "svd", "whitened-svd", "joint", "tensor-train", "kronecker", "spatial", "tucker", "cp"
+]
 
 
 @dataclass(frozen=True)
@@ -29,18 +46,16 @@ class Sources:
     Attributes:
         metrics: Collects what a method needs to know of the data.
         effects: Measures what errors in each layer do to the outputs.
+        networks: Fits networks of one kind to a layer, to choose among.
     """
 
     metrics: Callable[[Program, PassContext, Sequence[Site], str], Metrics] = collect_metrics
     effects: Effects = output_weights
-
-
-def _help(what: str, amounts: str) -> dict[str, str]:
-    return {"help": f"{what} of the whole model to keep: a share up to 1, or {amounts}"}
+    networks: Networks = plans_of_networks
 
 
 @dataclass(frozen=True)
-class LowRankSplit(RewritePass):
+class LowRankSplit(AmountOptions, RewritePass):
     """Splits linear layers, convolutions and embeddings into two or three smaller ones.
 
     Keeps: shapes and calls of everything else; biases stay on the last factor. Changes: each split
@@ -52,30 +67,21 @@ class LowRankSplit(RewritePass):
 
     name: ClassVar[str] = "low-rank-split"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     method: Literal["svd", "whitened-svd", "fisher-weighted", "mixed"] = field(
         default="whitened-svd",
         metadata={
             "help": "the norm in which a split is best: of the weight, of the outputs on the "
             "calibration data, or of the weight with rows weighted by the Fisher information; "
-            "mixed chooses for each layer among dense, svd, whitened, joint and the forms of "
-            "convolutions"
+            "mixed chooses for each layer among dense, svd, whitened, joint, the forms of "
+            "convolutions, tensor trains and Kronecker sums"
         },
     )
-    share: float | None = field(
-        default=None,
-        metadata={
-            "help": "share of the parameters of the layers that it may split to keep; 0.5 unless "
-            "something else says how much"
-        },
+    among: tuple[Method, ...] = field(
+        default=(),
+        metadata={"help": "what mixed chooses among, next to dense; all of them if not said"},
     )
-    params: Budget = field(default=None, metadata=_help("parameters", "a count such as 20M"))
-    bytes: Budget = field(default=None, metadata=_help("bytes of tensors", "a size such as 40MB"))
-    flops: Budget = field(
-        default=None,
-        metadata=_help("FLOPs at the sizes of the example inputs", "a count such as 1.5G"),
-    )
-    rank: int | None = field(default=None, metadata={"help": "the same rank for every layer"})
     allocation: Literal["auto", "uniform", "greedy", "exact"] = field(
         default="auto",
         metadata={
@@ -98,19 +104,31 @@ class LowRankSplit(RewritePass):
             "queries, keys and values; mixed decides that itself"
         },
     )
-    convolutions: Literal["channel", "spatial", "tucker"] = field(
+    convolutions: Literal["channel", "spatial", "tucker", "cp"] = field(
         default="channel",
         metadata={
-            "help": "form of convolutions: few channels and then 1x1, kx1 and then 1xk, or 1x1, a "
-            "small kernel, 1x1; mixed decides that itself"
+            "help": "form of convolutions: few channels and then 1x1; kx1 and then 1xk; 1x1, a "
+            "small kernel, 1x1; or 1x1, a kernel for each channel alone, 1x1; mixed decides that "
+            "itself"
         },
     )
-    embeddings: bool = field(default=False, metadata={"help": "split embeddings too"})
-    include: tuple[str, ...] = field(
-        default=(), metadata={"help": "split only these: patterns of tensors or modules"}
+    remainder: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the rows of each matrix that are kept as they are, those that a "
+            "product of the rank misses most; mixed decides for each layer whether to keep them"
+        },
     )
-    exclude: tuple[str, ...] = field(
-        default=(), metadata={"help": "leave these alone: patterns of tensors or modules"}
+    residual: Literal["none", "w8a16", "w4a16", "w2a16", "mxfp4", "nvfp4"] = field(
+        default="none",
+        metadata={
+            "help": "keep what the product of a linear layer's factors misses as numbers of few "
+            "bits, by a scheme of quantize; rank says the size of the product"
+        },
+    )
+    embeddings: bool | None = field(
+        default=None,
+        metadata={"help": "split embeddings too; if not said, where params or bytes is given"},
     )
     damping: float = field(
         default=1e-6,
@@ -118,6 +136,10 @@ class LowRankSplit(RewritePass):
             "help": "how much directions that the calibration data never shows count, relative to "
             "the mean direction"
         },
+    )
+    time: bool = field(
+        default=True,
+        metadata={"help": "measure the split layers, and name those that are slower than before"},
     )
 
     def __post_init__(self) -> None:
@@ -128,32 +150,39 @@ class LowRankSplit(RewritePass):
                 contradict one another.
         """
         super().__post_init__()
-        amounts = ("share", "params", "bytes", "flops", "rank")
-        given = [name for name in amounts if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise self._refused(f"{' and '.join(given)} all say how much to keep", "give one")
-        if self.share is not None and not 0 < self.share < 1:
-            raise self._refused(
-                f"share is {self.share}, but must be between 0 and 1", "0.5 keeps half"
+        self.check_amounts()
+        for name, least in (("damping", 0.0), ("remainder", 0.0)):
+            if not least <= (value := getattr(self, name)) <= 1:
+                raise self.refused(f"{name} is {value}, but must be between 0 and 1")
+        if self.remainder and self.joint:
+            raise self.refused(
+                "layers that share a factor keep no rows", "leave out joint or remainder"
             )
-        if self.rank is not None and self.rank < 1:
-            raise self._refused(f"rank is {self.rank}, but must be at least 1")
-        if not 0 <= self.damping <= 1:
-            raise self._refused(f"damping is {self.damping}, but must be between 0 and 1")
-        budgets({n: getattr(self, n) for n in ("params", "bytes", "flops")}, self.name)
         if self.rank is not None and self.allocation not in ("auto", "uniform"):
-            raise self._refused(
+            raise self.refused(
                 f"rank says the same for every layer, and allocation={self.allocation} chooses",
                 "give share or params instead of rank",
             )
+        if self.latency is not None and self.allocation == "uniform":
+            raise self.refused(
+                "what a share of a layer's parameters takes in time differs between layers, so "
+                "that allocation=uniform does not go with latency"
+            )
+        if self.residual != "none" and (self.rank is None or self.remainder or self.joint):
+            raise self.refused(
+                "with a residual in few bits, rank says how large the products are, and neither "
+                "remainder nor joint goes with it",
+                "give rank=16, say",
+            )
+        if self.residual != "none" and self.method not in ("svd", "whitened-svd"):
+            raise self.refused(f"residual goes with svd and whitened-svd, not {self.method}")
+        if self.among and self.method != "mixed":
+            raise self.refused("among is what mixed chooses among", "set method=mixed")
         if self.method == "mixed" and (self.rank is not None or self.allocation == "uniform"):
-            raise self._refused(
+            raise self.refused(
                 "method=mixed chooses for each layer, so that neither rank nor "
                 "allocation=uniform goes with it"
             )
-
-    def _refused(self, message: str, hint: str | None = None) -> OptionError:
-        return OptionError(message, where=self.name, hint=hint)
 
     def check(self, program: Program, ctx: PassContext) -> None:
         """Refuse what cannot work, before any pass runs.
@@ -161,11 +190,7 @@ class LowRankSplit(RewritePass):
         Raises:
             PreconditionError: There are no weights, or no loss where one is needed.
         """
-        if reason := cannot_run(program):
-            raise PreconditionError(
-                f"{self.name} needs the values of the weights: {reason}",
-                hint="capture the model with its weights",
-            )
+        self.check_values(program)
         fisher = self.method == "fisher-weighted"
         if fisher and ctx.loss is None and "loss" not in str(program.out_spec):
             ctx.need("loss", "the Fisher information is made of its gradients")
@@ -176,33 +201,47 @@ class LowRankSplit(RewritePass):
 
     def run_with(self, program: Program, ctx: PassContext, sources: Sources) -> PassResult:
         """As `run`, with statistics from elsewhere, for instance from an earlier run."""
+        whole_model = self.params is not None or self.bytes is not None
         sites, left = chosen_sites(
             *find_sites(program),
             self.include,
             self.exclude,
-            embeddings=self.embeddings,
+            embeddings=whole_model if self.embeddings is None else self.embeddings,
             where=self.name,
         )
         diagnostics: list[Diagnostic] = []
         if not sites:
-            diagnostics += [Diagnostic("warning", "there is no layer to split"), *_left_alone(left)]
+            diagnostics += [Diagnostic("warning", "there is no layer to split"), *left_alone(left)]
             return PassResult(False, {"layers": 0}, diagnostics)
         metrics = sources.metrics(program, ctx, sites, self.method)
         diagnostics += self._plain(sites, metrics)
+        if self.residual != "none" and self.rank is not None:
+            return split_with_residuals(
+                program,
+                ctx,
+                sites,
+                left,
+                metrics,
+                rank=self.rank,
+                scheme=SCHEMES[self.residual],
+                damping=self.damping,
+            )
         how = self._allocation(sites)
         if how == "uniform":
             allotment = uniform(self._wanted, program, sites, metrics, left)
         else:
-            allotment = allot(self._wanted, program, ctx, sites, metrics, how, sources.effects)
+            measured = sources.effects, sources.networks
+            allotment = allot(self._wanted, program, ctx, sites, metrics, how, *measured)
         diagnostics += allotment.diagnostics
-        plans = self._split(program, ctx, allotment.plans, allotment.metrics)
+        plans, slow = self._split(program, ctx, allotment)
         left |= {
             site.weight: "the budget is best spent on it"
             for site in sites
             if site.weight not in left and not any(site in plan.sites for plan in plans)
         }
-        diagnostics += [*_told(plans), *_left_alone(left)]
-        return PassResult(bool(plans), _statistics(sites, plans), diagnostics)
+        diagnostics += [*told(plans), *slow, *left_alone(left)]
+        details = {"layer_profile": profile(sites, allotment.options, plans)}
+        return PassResult(bool(plans), statistics(sites, plans), diagnostics, details=details)
 
     def _allocation(self, sites: Sequence[Site]) -> str:
         if self.allocation != "auto":
@@ -213,19 +252,22 @@ class LowRankSplit(RewritePass):
 
     @property
     def _wanted(self) -> Wanted:
-        amounts = {"params": self.params, "bytes": self.bytes, "flops": self.flops}
-        given = [(name, amount) for name, amount in amounts.items() if amount is not None]
         form: Form = "matrix" if self.convolutions == "channel" else self.convolutions
+        every = self.among or get_args(Method)
+        kernels: tuple[Form, ...] = ("spatial", "tucker", "cp")
+        forms = tuple(name for name in kernels if name in every)
         return Wanted(
             where=self.name,
             method=self.method,
-            forms=("matrix", "spatial", "tucker") if self.method == "mixed" else (form,),
-            budget=given[0] if given else None,
+            among=every,
+            forms=("matrix", *forms) if self.method == "mixed" else (form,),
+            budget=self.budget,
             share=self.share,
             rank=self.rank,
             joint=self.joint,
             damping=self.damping,
             weigh=self.weigh,
+            remainder=self.remainder,
         )
 
     def _plain(self, sites: Sequence[Site], metrics: Metrics) -> Iterator[Diagnostic]:
@@ -235,73 +277,30 @@ class LowRankSplit(RewritePass):
         known = metrics.inputs.keys() | metrics.rows.keys()
         unseen = [site.weight for site in sites if site not in known]
         if unseen:
-            text = f"split by plain singular values, for want of data: {_listed(unseen)}"
+            text = f"split by plain singular values, for want of data: {listed(unseen)}"
             yield Diagnostic("warning", text)
 
     def _split(
-        self, program: Program, ctx: PassContext, plans: Sequence[Plan], metrics: Metrics
-    ) -> list[Plan]:
+        self, program: Program, ctx: PassContext, allotment: Allotment
+    ) -> tuple[list[Plan], list[Diagnostic]]:
+        """Write the factors of each plan; what is told of those that are slower."""
+        plans, made = allotment.plans, allotment.made
+        table = table_for(program) if self.time and plans else None
+        before: dict[Site, float] = {}
+        if table is not None:
+            ctx.report("measuring layers")
+            before = seconds_of([s for plan in plans for s in plan.sites], program, table)
         done = []
         with program.edit(by=ctx.spec) as edit:
             for number, plan in enumerate(plans):
                 ctx.report(f"splitting {plan.sites[0].weight} ({number + 1}/{len(plans)})")
-                factors = make(plan, program, metrics, self.damping, ctx.seed)
-                write(edit, plan, factors)
-                done.append(
-                    Plan(
-                        plan.sites,
-                        plan.method,
-                        plan.form,
-                        plan.ranks,
-                        plan.parameters,
-                        factors.error,
-                    )
+                factors = made.pop(plan, None) or make_any(
+                    plan, program, allotment.metrics, self.damping, ctx.seed
                 )
-        return done
-
-
-def _statistics(sites: Sequence[Site], plans: Sequence[Plan]) -> dict[str, int | float | str]:
-    split = [site for plan in plans for site in plan.sites]
-    before = sum(site.parameters for site in sites)
-    after = before - sum(s.parameters for s in split) + sum(plan.parameters for plan in plans)
-    errors = [plan.error for plan in plans]
-    statistics: dict[str, int | float | str] = {
-        "layers": len(sites),
-        "split": len(split),
-        "joint": sum(len(plan.sites) for plan in plans if len(plan.sites) > 1),
-        "parameters_of_layers": before,
-        "kept_of_layers": after,
-    }
-    if errors:
-        statistics["mean_error"] = sum(errors) / len(errors)
-        statistics["largest_error"] = max(errors)
-    return statistics
-
-
-def _told(plans: Sequence[Plan]) -> Iterator[Diagnostic]:
-    """A line for each split: the profile of the layers, in order of execution."""
-    for plan in plans:
-        whole = sum(site.parameters for site in plan.sites)
-        others = f", with {_listed([s.weight for s in plan.sites[1:]])}" if plan.sites[1:] else ""
-        form = "" if plan.form == "matrix" else f"{plan.form}, "
-        yield Diagnostic(
-            "note",
-            f"rank {' and '.join(map(str, plan.ranks))} by {form}{plan.method}{others}: "
-            f"{plan.parameters / whole:.0%} of its parameters, relative squared error "
-            f"{plan.error:.2g}",
-            name=plan.sites[0].weight,
-        )
-
-
-def _left_alone(left: Mapping[str, str]) -> Iterator[Diagnostic]:
-    """One line for each reason, with the layers."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        yield Diagnostic("note", f"left alone, since {reason}: {_listed(names)}", name=names[0])
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+                calls = write_any(edit, plan, factors)
+                done.append((replace(plan, error=factors.error), calls))
+        found = [plan for plan, _ in done]
+        if table is None:
+            return found, []
+        ctx.report("measuring split layers")
+        return found, list(slower(program, done, before, table))

@@ -12,12 +12,13 @@ from torchlathe.ir import Program
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.ir.provenance import info
 from torchlathe.passes.base import PassContext
+from torchlathe.passes.rewrite.factorising.making import make
 from torchlathe.passes.rewrite.factorising.metrics import Metrics
-from torchlathe.passes.rewrite.factorising.plans import make, most_rank, plan_of
+from torchlathe.passes.rewrite.factorising.plans import most_rank, plan_of
 from torchlathe.passes.rewrite.factorising.sites import Site, bias_of
 from torchlathe.passes.statistics.running import flat_batches
 
-__all__ = ["Effects", "output_weights"]
+__all__ = ["Effects", "output_weights", "outputs_of"]
 
 Effects: TypeAlias = Callable[
     [Program, PassContext, Sequence[Site], Metrics, str, float], dict[Site, float]
@@ -49,7 +50,7 @@ def output_weights(
         damping: As `make` takes it.
     """
     batches = [flat for _, flat in itertools.islice(flat_batches(program, ctx), _BATCHES)]
-    expected = [_outputs(program, flat, {}) for flat in batches]
+    expected = [outputs_of(program, flat) for flat in batches]
     whole = sum(float(value.square().sum()) for values in expected for value in values)
     found = {}
     for number, site in enumerate(sites):
@@ -64,7 +65,7 @@ def output_weights(
         changed = _replaced(program, site, factors.own[0], factors.shared[0], factors.shifts[0])
         gap = 0.0
         for flat, wanted in zip(batches, expected, strict=True):
-            after = _outputs(program, flat, changed)
+            after = outputs_of(program, flat, changed)
             pairs = zip(after, wanted, strict=True)
             gap += sum(float((new - old).square().sum()) for new, old in pairs)
         found[site] = gap / whole / factors.error
@@ -95,13 +96,19 @@ def _replaced(
     return changed
 
 
-def _outputs(
-    program: Program, flat: list[Any], changed: Mapping[str, torch.Tensor]
+def outputs_of(
+    program: Program, flat: list[Any], changed: Mapping[str, torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
-    """The floating outputs, in float64."""
+    """The floating outputs, in float64.
+
+    Args:
+        program: What is run.
+        flat: Its inputs.
+        changed: Tensors that take the place of its own.
+    """
 
     def read(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return changed.get(name, tensor)
+        return tensor if changed is None else changed.get(name, tensor)
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         found = run_flat(program, flat, replace_tensor=read)

@@ -21,6 +21,8 @@ import torch
 
 __all__ = [
     "Split",
+    "damped",
+    "gram_energy",
     "joint_split",
     "output_error",
     "rank_for",
@@ -177,7 +179,7 @@ def split(
     matrix = weight.detach().double()
     if scale is not None:
         matrix = matrix * scale[:, None]
-    moment = _damped(inputs, damping, matrix)
+    moment = damped(inputs, damping, matrix)
     rank = min(rank, *matrix.shape)
     if randomised is None:
         randomised = rank < _RANDOMISED_BELOW * min(matrix.shape)
@@ -207,7 +209,7 @@ def spectrum(
     matrix = weight.detach().double()
     if scale is not None:
         matrix = matrix * scale[:, None]
-    moment = _damped(inputs, damping, matrix)
+    moment = damped(inputs, damping, matrix)
     if matrix.shape[0] <= matrix.shape[1]:
         gram = _gram(matrix, moment)
     else:
@@ -236,9 +238,16 @@ def _wide(moment: torch.Tensor | None) -> torch.Tensor | None:
     return None if moment is None else moment.detach().double()
 
 
-def _damped(
+def damped(
     inputs: torch.Tensor | None, damping: float, matrix: torch.Tensor
 ) -> torch.Tensor | None:
+    """The second moment in float64 where the matrix is, with damping on its diagonal.
+
+    Args:
+        inputs: Shape (ins, ins); None for the identity, which stays None.
+        damping: Relative to the mean of the diagonal.
+        matrix: Whose device the result is on.
+    """
     moment = _wide(inputs)
     if moment is None:
         return None
@@ -250,10 +259,15 @@ def _damped(
     return moment
 
 
+def gram_energy(matrix: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """The diagonal of M A M', (rows,): the squared norm of each row."""
+    read = matrix if moment is None else matrix @ moment
+    return (read * matrix).sum(1)
+
+
 def _energy(matrix: torch.Tensor, moment: torch.Tensor | None) -> float:
     """tr(M A M')."""
-    read = matrix if moment is None else matrix @ moment
-    return float((read * matrix).sum())
+    return float(gram_energy(matrix, moment).sum())
 
 
 def _gram(matrix: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,9 @@ from torchlathe.ir import Edit, PreconditionError, Program, TensorKind
 from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.provenance import info
 from torchlathe.ir.verifying import cannot_run
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
+from torchlathe.passes.rewrite.reordering.attention import find_single_heads, fuse_single_head
 from torchlathe.passes.rewrite.reordering.chains import Segment, cut, find_chains
 from torchlathe.passes.rewrite.reordering.maps import AffineMap, compose
 
@@ -29,13 +31,15 @@ class ReorderLinear(RewritePass):
     Keeps: the outputs (exactly; products of weights are computed in float64 and rounded once).
     Changes: BatchNorm in eval mode goes into the convolution or linear layer next to it, linear
     layers and convolutions without anything between them become one, and so does an embedding with
-    the layer that alone reads it, wherever the cost model says that this is cheaper.
+    the layer that alone reads it, wherever the cost model says that this is cheaper. In attention
+    with one head, the projection of the outputs goes into that of the values.
 
     Source: own; the linear operator reordering of Hector (arXiv 2301.06284) for static weights.
     """
 
     name: ClassVar[str] = "reorder-linear"
     exactness: ClassVar[Exactness] = Exactness.EXACT
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     grow: bool = field(
         default=False,
@@ -56,12 +60,17 @@ class ReorderLinear(RewritePass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Find the chains, cut each where it is cheapest, and fuse the pieces."""
+        heads = list(find_single_heads(program))
+        if heads:
+            with program.edit(by=ctx.spec) as edit:
+                for head in heads:
+                    fuse_single_head(edit, head)
         segments = [
             segment
             for chain in find_chains(program)
             for segment in cut(program, chain, grow=self.grow)
         ]
-        notes = []
+        notes = [head.diagnostic for head in heads]
         with program.edit(by=ctx.spec) as edit:
             for segment in segments:
                 names = [_weight_name(single) or str(single.window) for single in segment.maps]
@@ -73,8 +82,9 @@ class ReorderLinear(RewritePass):
             "fused": sum(len(segment.maps) for segment in segments),
             "into": len(segments),
             "norms": scales,
+            "heads": len(heads),
         }
-        return PassResult(bool(segments), statistics, notes)
+        return PassResult(bool(segments or heads), statistics, notes)
 
 
 def _note(segment: Segment) -> Diagnostic:
