@@ -1,0 +1,1 @@
+"""Passes that train: sparse optimizers, healing, distillation."""

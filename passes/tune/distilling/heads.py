@@ -1,0 +1,104 @@
+"""Auxiliary classifiers at the ends of blocks, for the time of a training.
+
+Source: the structure is that of LSSKD and of its parent HSAKD (arXiv 2109.03075): a classifier
+after each stage learns the labels and from the deepest one. Here each is the mean over positions
+and a linear layer (own).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from torchlathe.ir import InputError, Program, TensorKind
+from torchlathe.passes.tune.training.blocks import block_name
+
+__all__ = ["HeadedProgram", "ends_of_blocks", "with_heads"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class HeadedProgram:
+    """A program that also gives the logits of auxiliary heads.
+
+    Attributes:
+        program: A copy of the one that was given, whose outputs are followed by the heads'.
+        heads: How many.
+        names: Of the parameters that were added, which the given program has not.
+    """
+
+    program: Program
+    heads: int
+    names: frozenset[str]
+
+
+def ends_of_blocks(program: Program, most: int) -> list[fx.Node]:
+    """The last node of blocks that gives one value per sample and channel, evenly spread.
+
+    The last block is left out: the classifier of the model itself comes after it.
+    """
+    last: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        name = block_name(node) if node.op == "call_function" else None
+        value = node.meta.get("val")
+        if name is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        if value.dim() in (3, 4) and _channels(value) is not None:
+            last[name] = node
+    found = list(last.values())[:-1]
+    if len(found) <= most:
+        return found
+    return [found[round((i + 1) * len(found) / (most + 1))] for i in range(most)]
+
+
+def _channels(value: torch.Tensor) -> int | None:
+    """Extent of the channels: the second axis of maps, the last of sequences."""
+    extent = value.shape[1] if value.dim() == 4 else value.shape[2]
+    return extent if isinstance(extent, int) else None
+
+
+def with_heads(program: Program, classes: int, most: int, *, seed: int = 0) -> HeadedProgram:
+    """Add classifiers at the ends of blocks.
+
+    Args:
+        program: It stays as it is, so that nothing has to be removed again.
+        classes: Of each.
+        most: At most so many heads.
+        seed: Of their weights.
+
+    Raises:
+        InputError: The program has no blocks.
+    """
+    copy = program.copy()
+    ends = ends_of_blocks(copy, most)
+    if not ends:
+        raise InputError(
+            "the program has no blocks that auxiliary heads could be put after",
+            hint="blocks are modules with numbers in their paths, as layers.3; heads=0 for none",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    before = set(copy.entries)
+    results = []
+    with copy.edit(by="auxiliary heads") as edit:
+        for index, node in enumerate(ends):
+            value = node.meta["val"]
+            channels = _channels(value)
+            assert channels is not None
+            drawn = torch.randn(classes, channels, generator=generator) / channels**0.5
+            weight = edit.add_tensor(
+                f"auxiliary_head_{index}.weight",
+                drawn.to(value.device, value.dtype),
+                TensorKind.PARAMETER,
+            )
+            axes = [2, 3] if value.dim() == 4 else [1]
+            mean = edit.call(aten.mean.dim, (node, axes), like=node)
+            results.append(edit.call(aten.linear.default, (mean, weight), like=mean))
+        output = copy.output_node
+        outputs = list(output.args[0])  # type: ignore[arg-type]
+        edit.set_args(output, ((*outputs, *results),))
+        copy.out_spec = pytree.tree_structure((copy.unflatten_outputs(outputs), [0] * len(results)))
+    return HeadedProgram(copy, len(results), frozenset(set(copy.entries) - before))

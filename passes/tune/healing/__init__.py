@@ -1,0 +1,1 @@
+"""Bringing a rewritten program back to what the original computes."""

@@ -1,0 +1,203 @@
+"""H2SPG: whole branches of a network become zero, as many as leave it a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchlathe.ir import InputError, OptionError
+from torchlathe.passes.analysis.branches import Branch
+from torchlathe.passes.analysis.segments import SegmentGraph
+from torchlathe.passes.rewrite.branches.choice import Aim, choose_branches
+from torchlathe.passes.rewrite.branches.leave_out import zeroed_by
+from torchlathe.passes.rewrite.branches.liveness import Liveness
+from torchlathe.passes.tune.optim.groups import Sums, named_tensors
+from torchlathe.passes.tune.optim.hesso import left_after
+from torchlathe.passes.tune.optim.saliency import Saliency, saliency_of
+from torchlathe.passes.tune.optim.shards import local, shard_of
+from torchlathe.passes.tune.optim.sparse_optimizer import (
+    WrappedOptimizer,
+    check_schedule,
+    rates_of,
+    trainable,
+)
+
+__all__ = ["H2SPG"]
+
+
+class H2SPG(WrappedOptimizer):
+    """Hierarchical half-space projected gradient (OTOv3): erases operators instead of channels.
+
+    After ``start_step`` steps of the base, one step scores every branch that the network can do
+    without. They are taken in the order of their scores, each if what is left is still a network
+    (every joint keeps an operand, every output a path), until the target share of the parameters
+    would be gone, with all that nothing else needs then. Those branches go to zero in
+    ``pruning_steps`` along a line. ``erase-operators{zeros=true}`` then cuts them out exactly.
+
+    Args:
+        groups: ``tl.capture(model, inputs).analysis(Segments)``.
+        model: The module that was captured, or tensors by name.
+        base: Class of the optimizer that trains.
+        params: As in `SparseOptimizer`.
+        target_sparsity: Share of the model's parameters to be rid of, in (0, 1).
+        start_step: Steps of the base alone.
+        pruning_steps: Steps of the decay.
+        total_steps: Of the whole training, if known.
+        saliency: As in `SparseOptimizer`, of all parameters that a branch zeroes.
+        exclude: Names of branches that stay.
+        options: For the base.
+
+    Attributes:
+        chosen: The branches that become zero, once they are known.
+
+    Raises:
+        OptionError: An option is out of its range, or there is no branch that may go.
+        InputError: The segments are of another model.
+
+    Source: arXiv 2312.09411; the optimizer was never published, so this is a reconstruction: the
+    hierarchical search by `choose_branches`, and HESSO's decay in place of the projection.
+    """
+
+    def __init__(
+        self,
+        groups: SegmentGraph,
+        model: nn.Module | Mapping[str, torch.Tensor],
+        *,
+        base: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        params: Any = None,
+        target_sparsity: float = 0.5,
+        start_step: int = 0,
+        pruning_steps: int = 1,
+        total_steps: int | None = None,
+        saliency: Saliency | Mapping[str, float] | str = "default",
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        check_schedule("H2SPG", target_sparsity, start_step, pruning_steps, total_steps)
+        self.graph, self.program = groups, groups.flow.program
+        self.saliency = saliency_of(saliency)
+        self.target_sparsity = target_sparsity
+        self.start_step, self.pruning_steps = start_step, pruning_steps
+        tensors = named_tensors(model)
+        self._candidates = self._branches(exclude)
+        self._slices = {b.name: self._of(b, tensors) for b in self._candidates}
+        self.steps = 0
+        self.chosen: tuple[str, ...] = ()
+        if params is None:
+            params = trainable(model, tensors)
+        super().__init__(params, base, options)
+
+    def _branches(self, exclude: Sequence[str]) -> tuple[Branch, ...]:
+        known = {b.name for b in self.graph.branches}
+        for name in exclude:
+            if name not in known:
+                raise OptionError(f"there is no branch {name}", where="H2SPG")
+        found = tuple(
+            b
+            for b in self.graph.branches
+            if not b.reason and not b.constant and b.name not in exclude
+        )
+        if not found:
+            raise OptionError(
+                "the network has no branch that it can do without",
+                where="H2SPG",
+                hint="torchlathe inspect MODEL --segments tells why each has to stay",
+            )
+        return found
+
+    def _of(
+        self, branch: Branch, tensors: Mapping[str, torch.Tensor]
+    ) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
+        """Tensors, axes and indices that are zero without a branch."""
+        found = []
+        for name, axes in zeroed_by(self.program, [branch]).slices.items():
+            tensor = tensors.get(name)
+            want = self.program.entries[name].tensor.shape
+            if tensor is None or tensor.shape != want:
+                raise InputError(
+                    f"{name} has shape {tuple(want)} in the segments, but "
+                    f"{'is missing' if tensor is None else tuple(tensor.shape)} in the model",
+                    hint="give the model that was captured",
+                )
+            if shard_of(tensor, name).meshes:
+                raise InputError(f"{name} is split over processes, which H2SPG cannot work on")
+            found += [(tensor, axis, indices) for axis, indices in axes.items()]
+        return found
+
+    # -- stepping ----------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more branches become zero."""
+        return self.steps >= self.start_step + self.pruning_steps
+
+    def step(self, closure: Any = None, *, loss: Any = None) -> Any:
+        """One step of the base, and of the decay."""
+        now = self.steps - self.start_step
+        before = self._remember() if now == 0 else None
+        result = self.base.step() if closure is None else self.base.step(closure)
+        if before is not None:
+            self._choose(before)
+        if now >= 0:
+            past = now >= self.pruning_steps
+            self._multiply(0.0 if past else left_after(now, self.pruning_steps))
+        self.steps += 1
+        return result
+
+    def _every(self) -> Iterator[tuple[str, int, torch.Tensor, int, torch.Tensor]]:
+        for branch in self._candidates:
+            for i, (tensor, axis, indices) in enumerate(self._slices[branch.name]):
+                yield branch.name, i, tensor, axis, indices
+
+    @torch.no_grad()
+    def _remember(self) -> dict[int, torch.Tensor]:
+        return {id(t): local(t).clone() for _, _, t, _, _ in self._every()}
+
+    @torch.no_grad()
+    def _choose(self, before: Mapping[int, torch.Tensor]) -> None:
+        rates = rates_of(self.param_groups)
+        rows = {b.name: [0.0, 0.0, 0.0, 0.0] for b in self._candidates}
+        for name, _, tensor, axis, indices in self._every():
+            x = before[id(tensor)].index_select(axis, indices.to(tensor.device)).double()
+            now = local(tensor).index_select(axis, indices.to(tensor.device)).double()
+            d = (x - now) / (rates.get(id(tensor)) or math.inf)
+            parts = torch.stack([(x * x).sum(), (x * d).sum(), (d * d).sum()]).tolist()
+            row = zip(rows[name], [*parts, x.numel()], strict=True)
+            rows[name] = [a + b for a, b in row]
+        columns = torch.tensor(list(rows.values()), dtype=torch.float64).T
+        scores = self.saliency.scores(Sums(*columns))
+        by_branch = dict(zip(self._candidates, scores.tolist(), strict=True))
+        sizes = sum(t.numel() for t in self.program.parameters.values())
+        aim = Aim("parameters", self.target_sparsity * sizes)
+        liveness = Liveness(self.program, self.graph)
+        choose_branches(liveness, by_branch, aim)
+        self.chosen = tuple(b.name for b in liveness.effective)
+
+    @torch.no_grad()
+    def _multiply(self, factor: float) -> None:
+        for name in self.chosen:
+            for tensor, axis, indices in self._slices[name]:
+                rows = indices.to(tensor.device)
+                part = local(tensor).index_select(axis, rows) * factor
+                local(tensor).index_copy_(axis, rows, part)
+
+    # -- state -------------------------------------------------------------------------------
+
+    def sparse_state(self) -> dict[str, Any]:
+        """Steps done, and the branches that were chosen."""
+        return {"steps": self.steps, "chosen": list(self.chosen)}
+
+    def load_sparse_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `sparse_state` gave.
+
+        Raises:
+            InputError: It names branches that there are not.
+        """
+        if unknown := [name for name in state["chosen"] if name not in self._slices]:
+            raise InputError(f"the state names a branch {unknown[0]}, which this model has not")
+        self.steps = int(state["steps"])
+        self.chosen = tuple(state["chosen"])

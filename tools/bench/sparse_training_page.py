@@ -1,0 +1,198 @@
+"""Writes the measured part of ``docs/sparse_training.md`` from its result file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Final
+
+from torchlathe.ir.files import write_text
+from torchlathe.tools.bench.bench_sparse_training import ABLATION, RESULTS, SPARSITIES
+from torchlathe.tools.bench.sparse_training.contestants import METHODS
+from torchlathe.tools.bench.sparse_training.peer import PEER
+from torchlathe.tools.bench.sparse_training.planted import CONTESTANTS
+
+__all__ = ["main", "measured"]
+
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "sparse_training.md"
+MARK: Final = "<!-- measured -->\n"
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+_T: Final = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}
+
+HEAD = """
+## Measured
+
+<!-- From here on written by torchlathe.tools.bench.sparse_training_page; do not edit. -->
+
+`python -m torchlathe.tools.bench.bench_sparse_training` on {cpu}, {threads} thread, torch {torch}.
+
+### Quality against group sparsity
+
+Everything trains from scratch for the same number of steps; the same share of groups is zero at the
+end, and no family keeps less than the default of `keep_at_least`. *Magnitude, one shot* trains half
+of the steps, makes the groups of the lowest norm zero at once, and fine-tunes for the other half;
+Torch-Pruning does so with its own groups and the same share of channels. Mean over seeds with the
+95 % interval of the mean (Student's t), and in brackets the share of the parameters that is left:
+methods take different groups, so the share differs at one sparsity. The largest difference of an
+output between trained and erased models, over the largest output, was {error:.1e}.
+"""
+
+TITLES = {
+    "digits CNN": "**Digits, CNN**: accuracy in %, higher is better. {count} seeds; dense {dense}.",
+    "digits ViT": "**Digits, ViT**: accuracy in %, higher is better. {count} seeds; dense {dense}.",
+    "characters": "**Characters, Llama of two layers**: perplexity, lower is better. {count} "
+    "seeds; dense {dense}.",
+}
+
+ABLATED = """
+### Which options matter
+
+HESSO on the digits CNN at 70 %, accuracy in %, {count} seeds.
+"""
+
+PLANTED = """
+### A unit of low magnitude that everything depends on
+
+Twelve hidden units; the one through which the signal goes has the smallest weights of all, and
+seven are to go. Median error over the signal's power at the end; {count} seeds.
+"""
+
+RESNET = """
+### ResNet-18, 10 classes
+
+For 32 x 32 images, as in the tutorial of Only-Train-Once, which publishes 2,880 groups of which 865
+stay at 0.7, −91 % of the parameters and −80 % of the FLOPs after training on CIFAR-10. Here it was
+trained for {steps} steps on drawn images, so which groups go says little; their numbers, and what
+is left of the model, are exact.
+"""
+
+OVERHEAD = """
+### Overhead of HESSO
+
+Over a step of AdamW on an encoder of 12 layers ({parameters:.1f} M parameters, {groups:,} groups),
+one of the base and one of HESSO in turn; medians of the ratio. *Decay* and *zero* are steps while
+groups leave and after; *choosing* is the first step of a period. The last two columns are for
+periods of 50 steps: over the step of the optimizer, and over a training step (batch 8 of 32
+tokens).
+"""
+
+
+def measured(result: dict[str, Any]) -> str:
+    """The part of the page as text.
+
+    Args:
+        result: The content of the result file.
+    """
+    rows = result["rows"]
+    errors = [r["error"] for r in rows.values() if isinstance(r, dict) and "error" in r]
+    parts = [HEAD.format(**result, error=max(errors, default=0.0))]
+    for task, title in TITLES.items():
+        if dense := _values(rows, task, "dense", 0):
+            told = title.format(count=len(dense), dense=_interval(dense))
+            parts += ["\n" + told + "\n", _quality(rows, task)]
+    if found := [(n, v) for n in ABLATION if (v := _values(rows, "ablation", n))]:
+        parts.append(ABLATED.format(count=len(found[0][1])))
+        parts.append(_table(["options", "accuracy"], [[n, _interval(v)] for n, v in found]))
+    if seeds := [r for k, r in rows.items() if k.startswith("small|planted")]:
+        parts += [PLANTED.format(count=len(seeds)), _planted(seeds)]
+    if nets := [r for k, r in rows.items() if k.startswith("small|resnet18")]:
+        parts += [RESNET.format(**nets[0]), _resnet(nets)]
+    if spent := rows.get("small|overhead"):
+        filled = {**spent, "parameters": spent["parameters"] / 1e6}
+        parts += [OVERHEAD.format(**filled), _overhead(spent)]
+    return "".join(parts)
+
+
+def _values(rows: dict[str, Any], *key: Any) -> list[float]:
+    start = "|".join(map(str, key)) + "|"
+    return [row["metric"] for name, row in rows.items() if name.startswith(start)]
+
+
+def _quality(rows: dict[str, Any], task: str) -> str:
+    lines = []
+    for method in [m for m in (*METHODS, PEER) if m != "dense"]:
+        line = [method]
+        for sparsity in SPARSITIES[task]:
+            start = f"{task}|{method}|{sparsity}|"
+            found = [row for name, row in rows.items() if name.startswith(start)]
+            kept = [row["kept"] for row in found]
+            text = _interval([row["metric"] for row in found])
+            line.append(f"{text} ({mean(kept):.0%})" if found else "–")
+        if any(cell != "–" for cell in line[1:]):
+            lines.append(line)
+    return _table(["method", *(f"{s:.0%} of the groups zero" for s in SPARSITIES[task])], lines)
+
+
+def _interval(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "–"
+    half = _T.get(len(values) - 1, 2.0) * stdev(values) / len(values) ** 0.5
+    digits = 1 if mean(values) > 20 else 2
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def _planted(seeds: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for name in CONTESTANTS:
+        found = [row[name] for row in seeds]
+        after = sorted(row["after"] for row in found)
+        kept = sum(row["kept"] for row in found)
+        lines.append([name, f"{kept} of {len(found)}", f"{after[len(after) // 2]:.3f}"])
+    return _table(["method", "unit kept", "error at the end"], lines)
+
+
+def _resnet(nets: Sequence[dict[str, Any]]) -> str:
+    lines = [["published (CIFAR-10)", "865 of 2,880", "0.98 M of 11.17 M (−91 %)", "−80 %", ""]]
+    for row in nets:
+        floor = row["keep_at_least"]
+        lines.append(
+            [
+                "`keep_at_least` as it is" if floor is None else f"`keep_at_least={floor}`",
+                f"{row['kept']} of {row['groups']:,}",
+                f"{row['parameters_after'] / 1e6:.2f} M of {row['parameters'] / 1e6:.2f} M "
+                f"(−{1 - row['parameters_after'] / row['parameters']:.0%})".replace("%", " %"),
+                f"−{1 - row['flops_after'] / row['flops']:.0%}".replace("%", " %"),
+                f"{row['error']:.1e}",
+            ]
+        )
+    return _table(["", "groups kept", "parameters", "FLOPs", "error of the erase"], lines)
+
+
+def _overhead(spent: dict[str, Any]) -> str:
+    lines = []
+    for name in ("foreach", "fused"):
+        row = spent[name]
+        period = row["decay"] - 1 + (row["choosing"] - row["decay"]) / 50
+        share = period * row["base_ms"] / row["training_step_ms"]
+        cells = [row["before"], row["decay"], row["choosing"], row["zero"]]
+        ratios = [f"{cell:.2f}" for cell in cells]
+        added = [f"+{100 * period:.0f} %", f"+{100 * share:.1f} %"]
+        lines.append([f"AdamW, {name}", f"{row['base_ms']:.0f} ms", *ratios, *added])
+    heads = ["base", "its step", "before", "decay", "choosing", "zero", "optimizer", "training"]
+    memory = (
+        f"\nMemory: {spent['lasting_bytes'] / 2**20:.1f} MiB throughout; in choosing steps "
+        f"{spent['copy_bytes'] / 2**20:.0f} MiB more, one copy of the "
+        f"{spent['prunable_bytes'] / 2**20:.0f} MiB of prunable parameters.\n"
+    )
+    return _table(heads, lines) + memory
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
+    return "\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def main() -> int:
+    """Write the page."""
+    result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    text = PAGE.read_text(encoding="utf-8")
+    written = text[: text.index(MARK) + len(MARK)]
+    write_text(PAGE, written + measured(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
