@@ -28,6 +28,7 @@ from torchlathe.ir.axes.rules.products import (
     Kronecker,
     TensorDot,
 )
+from torchlathe.ir.axes.rules.quantised import Dequantize, RoundTokens
 from torchlathe.ir.axes.rules.recurrent import Recurrent, RecurrentCell
 from torchlathe.ir.axes.rules.reduction import AlongAxis, Reduce
 from torchlathe.ir.axes.rules.scattering import (
@@ -58,6 +59,8 @@ def further_rows() -> Rows:
         *_windows(),
         *_made(),
         *_opaque(),
+        (Dequantize(), "torchlathe::dequantize"),
+        (RoundTokens(), "torchlathe::quantize_dequantize_tokens"),
     ]
 
 

@@ -1,0 +1,1 @@
+"""The logical form of quantised tensors: stored numbers, and the ops that give them meaning."""

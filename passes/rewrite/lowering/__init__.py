@@ -1,0 +1,1 @@
+"""Kernels for what earlier passes brought into a logical form."""

@@ -1,0 +1,180 @@
+"""The column sweep: project one column after the other, and let the others make up for it.
+
+With the second moment ``H = E[x x']`` of what a matrix W is multiplied with, changing column j by
+``e`` costs least if the columns that are still to come move by ``-e U[j, j+1:] / U[j, j]``, where
+``H^-1 = U' U`` with U upper triangular. What the column changes *to* is up to a `Projection`:
+rounding to a grid is GPTQ, zeroing where a mask says so is SparseGPT, and both at once is a
+projection that does both.
+
+Source: GPTQ (arXiv 2210.17323, algorithm 1, and its lazy batches); OBC (arXiv 2208.11580) for the
+update; SparseGPT (arXiv 2301.00774) for masks that are chosen on the way. U is found here by one
+Cholesky factorisation from the end and one triangular inverse, with no inverse of H in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchlathe.ir import Error
+from torchlathe.passes.rewrite.quantising.grids import Grid
+
+__all__ = ["Projection", "Rounding", "Swept", "order_by_activity", "sweep"]
+
+_BLOCK = 128
+
+
+class Projection(Protocol):
+    """What the columns of a matrix become, one after the other.
+
+    Attributes:
+        span: How many columns ahead it wants to see, at each multiple of that; 0 for never.
+    """
+
+    span: int
+
+    def look(self, columns: Tensor, ahead: Tensor, pivots: Tensor) -> None:
+        """See the next columns as they are by now, before the first of them is projected.
+
+        This is where a mask is chosen (by ``(ahead / pivots) ** 2``, SparseGPT's criterion), or
+        where scales are fitted.
+
+        Args:
+            columns: Which columns of the matrix these are, (n,) int64; n is ``span`` or less.
+            ahead: (rows, n).
+            pivots: (n,) diagonal of U: changing a column by e costs ``(e / pivot) ** 2``.
+        """
+
+    def project(self, columns: Tensor, values: Tensor) -> Tensor:
+        """What a column becomes; it is called once for each, in the order of the sweep.
+
+        Args:
+            columns: Which column, (1,) int64.
+            values: (rows, 1) as it is by now.
+
+        Returns:
+            (rows, 1).
+        """
+
+
+class Rounding:
+    """Rounds to a grid that is fixed, and keeps the codes.
+
+    Attributes:
+        codes: (rows, columns) what each entry was rounded to.
+    """
+
+    span = 0
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        shape = (grid.scales.shape[0], grid.columns)
+        self.codes = torch.zeros(shape, dtype=grid.form.stored, device=grid.scales.device)
+
+    def look(self, columns: Tensor, ahead: Tensor, pivots: Tensor) -> None:
+        """Nothing: the grid is fixed."""
+
+    def project(self, columns: Tensor, values: Tensor) -> Tensor:
+        """The nearest values of the grid."""
+        codes = self.grid.codes(values, columns)
+        self.codes[:, columns] = codes
+        return self.grid.decoded(codes, columns)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep made.
+
+    Attributes:
+        weight: The projected matrix, (rows, columns), in the type of the moment.
+        damping: What was added to the diagonal of the moment, relative to its mean.
+    """
+
+    weight: Tensor
+    damping: float
+
+
+def order_by_activity(moment: Tensor) -> Tensor:
+    """The columns that the data excites most first: these have most others to make up for them."""
+    return moment.diagonal().argsort(descending=True, stable=True)
+
+
+def sweep(
+    weight: Tensor,
+    moment: Tensor,
+    projection: Projection,
+    *,
+    damping: float = 0.01,
+    order: Tensor | None = None,
+    block: int = _BLOCK,
+) -> Swept:
+    """Project every column of a matrix, with the error of each made up for by those after it.
+
+    Args:
+        weight: (rows, columns).
+        moment: (columns, columns), symmetric; float32 or float64, which all is computed in.
+        projection: What a column becomes.
+        damping: Added to the diagonal, relative to its mean; it is raised tenfold as often as the
+            moment has no Cholesky factor.
+        order: The columns in the order of the sweep; by default as they are.
+        block: Columns whose effect on those far ahead is applied at once. It is made a multiple
+            of the projection's span, so that what `Projection.look` sees is up to date.
+
+    Returns:
+        The projected matrix. Columns that no data excites are projected as they are.
+
+    Raises:
+        Error: The moment is not finite.
+    """
+    columns = weight.shape[1]
+    order = torch.arange(columns, device=weight.device) if order is None else order
+    # Transposed, so that a column lies in one piece.
+    work = weight.to(moment.dtype)[:, order].t().contiguous()
+    factor, used = _factor(moment[order][:, order], damping)
+    span = projection.span
+    block = max(block // span, 1) * span if span else block
+    done = torch.empty_like(work)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        here = factor[start:stop, start:stop]
+        part = work[start:stop]
+        for j in range(stop - start):
+            if span and j % span == 0:
+                ahead = slice(j, min(j + span, stop - start))
+                own = order[start:stop][ahead]
+                projection.look(own, part[ahead].t(), here.diagonal()[ahead])
+            new = projection.project(order[start + j : start + j + 1], part[j][:, None])[:, 0]
+            done[start + j] = new
+            # From here on the row holds the error instead of the value.
+            part[j].sub_(new).div_(here[j, j])
+            part[j + 1 :].addr_(here[j, j + 1 :], part[j], alpha=-1)
+        work[stop:].addmm_(factor[start:stop, stop:].t(), part, alpha=-1)
+    result = torch.empty_like(done)
+    result[order] = done
+    return Swept(result.t(), used)
+
+
+def _factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U with ``(H + damping)^-1 = U' U``, and the damping that it took."""
+    if not bool(torch.isfinite(moment).all()):
+        raise Error("the data that a layer reads has values that are not finite")
+    diagonal = moment.diagonal()
+    mean = float(diagonal.mean())
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    if mean <= 0:
+        return identity, damping  # no data excites anything: nothing to make up for
+    while True:
+        damped = moment.clone()
+        damped.diagonal().add_(damping * mean)
+        # Column by column the inverse of a lower factor of the flipped matrix, flipped back, is U.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not bool(failed) and bool(torch.isfinite(lower).all()):
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if bool(torch.isfinite(upper).all()):
+                return upper, damping
+        damping = max(10 * damping, 1e-6)
+        if damping > 1e6:
+            raise Error("the second moment of what a layer reads is no moment: it has no factor")
