@@ -1,0 +1,1 @@
+"""Zeros in patterns: N of M, blocks, or anywhere."""

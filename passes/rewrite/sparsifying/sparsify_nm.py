@@ -1,0 +1,280 @@
+"""Zeros in the weights of layers, in patterns that hardware or storage can use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchlathe.ir import Edit, InputError, OptionError, PreconditionError, Program
+from torchlathe.ir.verifying import cannot_run
+from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.rewrite.factorising.sites import Site, chosen_sites, find_sites
+from torchlathe.passes.rewrite.sparsifying.patterns import Pattern, parse_pattern
+from torchlathe.passes.rewrite.sparsifying.solving import Method, Solved, solve
+from torchlathe.passes.statistics import Reader, readers_of
+from torchlathe.passes.statistics.arriving import arrivals
+from torchlathe.passes.statistics.readers import unfolds
+from torchlathe.passes.statistics.running import flat_batches, need_data
+
+__all__ = ["SparsifyNM"]
+
+
+@dataclass(frozen=True)
+class SparsifyNM(RewritePass):
+    """Sets weights to zero in a pattern, and lets the others make up for them.
+
+    Keeps: every node, and the shape of every tensor; tied weights stay tied. Changes: values. The
+    mask is where the new weights are not zero; `heal`, and any training with
+    `torchlathe.passes.tune.training.KeepMasks`, leaves the zeros as they are.
+
+    Layers are done in order of execution, each with the data that the layers before it give by
+    then. Rows of a convolution's matrix run over the positions of the kernel with the channels
+    innermost, so that N of M neighbours are channels.
+
+    Source: see `torchlathe.passes.rewrite.sparsifying.solving`.
+    """
+
+    name: ClassVar[str] = "sparsify-nm"
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+
+    pattern: str = field(
+        default="2:4",
+        metadata={"help": 'N:M such as 2:4 or 4:8 (zeros among neighbours), "block", '
+                  '"unstructured"'},
+    )  # fmt: skip
+    sparsity: float = field(
+        default=0.5, metadata={"help": "share of zeros, for block and unstructured"}
+    )
+    block: int = field(default=32, metadata={"help": "side of a block, for block"})
+    method: Method = field(
+        default="sparsegpt",
+        metadata={
+            "help": "smallest magnitudes go; or, by the calibration data, smallest times the norm "
+            "of what they read (wanda); or with the rest changed to make up for them (sparsegpt)"
+        },
+    )
+    embeddings: bool = field(default=False, metadata={"help": "take embeddings too"})
+    include: tuple[str, ...] = field(
+        default=(), metadata={"help": "only these: patterns of tensors or modules"}
+    )
+    exclude: tuple[str, ...] = field(
+        default=(), metadata={"help": "leave these alone: patterns of tensors or modules"}
+    )
+    damping: float = field(
+        default=0.01,
+        metadata={"help": "of sparsegpt: added to the diagonal of the moments, over its mean"},
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse impossible options.
+
+        Raises:
+            OptionError: There is no such pattern, or a number is out of its range.
+        """
+        super().__post_init__()
+        assert self._pattern is not None
+        if not 0 < self.damping <= 1:
+            raise OptionError(
+                f"damping is {self.damping}, but must be above 0 and at most 1", where=self.name
+            )
+
+    @property
+    def _pattern(self) -> Pattern:
+        return parse_pattern(self.pattern, self.sparsity, self.block, self.name)
+
+    def check(self, program: Program, ctx: PassContext) -> None:
+        """Refuse what cannot work, before any pass runs.
+
+        Raises:
+            PreconditionError: There are no weights.
+        """
+        if reason := cannot_run(program):
+            raise PreconditionError(
+                f"{self.name} needs the values of the weights: {reason}",
+                hint="capture the model with its weights",
+            )
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        """Make every layer sparse that has the pattern's shape."""
+        sites, left = chosen_sites(
+            *find_sites(program),
+            self.include,
+            self.exclude,
+            embeddings=self.embeddings,
+            where=self.name,
+        )
+        wanted = []
+        for site in sites:
+            if not bool(torch.isfinite(program.tensor(site.weight).detach()).all()):
+                raise InputError(
+                    f"{site.weight} has values that are not finite",
+                    where=site.weight,
+                    hint="load a checkpoint from before the training diverged, or exclude it",
+                )
+            if reason := self._pattern.why_not(site.outs, _width(site, self._pattern)):
+                left[site.weight] = reason
+            else:
+                wanted.append(site)
+        told = [*_left_alone(left)]
+        if not wanted:
+            told.insert(0, Diagnostic("warning", "there is no layer that the pattern fits"))
+            return PassResult(False, {"layers": 0}, told)
+        layers = self._solve(program, ctx, wanted)
+        told = [*_told(layers), *told, _no_faster(self._pattern)]
+        return PassResult(True, _statistics(layers), told, details=_details(layers))
+
+    def _solve(self, program: Program, ctx: PassContext, sites: Sequence[Site]) -> list[_Layer]:
+        readers = readers_of(program) if self.method != "magnitude" else {}
+        by_call = {site.calls[0]: site for site in sites}
+        known = {by_call[node]: r for node, r in readers.items() if _fits(by_call.get(node), r)}
+        blind = [site for site in sites if site not in known]
+        found: dict[Site, _Layer] = {}
+        with program.edit(by=ctx.spec) as edit:
+            for site in blind:
+                self._one(edit, ctx, site, None, len(sites), found)
+            if known:
+                need_data(ctx, "zeros are chosen so that outputs on it stay as they are")
+                batches = [flat for _, flat in flat_batches(program, ctx)]
+                of = {reader.node: site for site, reader in known.items()}
+                for arrival in arrivals(program, batches, list(known.values())):
+                    site = of[arrival.reader.node]
+                    self._one(edit, ctx, site, arrival.moment, len(sites), found)
+                    _warn_of_few(ctx, site, arrival.rows)
+        return [found[site] for site in sites]
+
+    def _one(
+        self,
+        edit: Edit,
+        ctx: PassContext,
+        site: Site,
+        moments: Tensor | None,
+        count: int,
+        found: dict[Site, _Layer],
+    ) -> None:
+        ctx.report(f"zeros in {site.weight} ({len(found) + 1}/{count})")
+        old = edit.program.tensor(site.weight).detach()
+        method: Method = "magnitude" if moments is None else self.method
+        solved = []
+        for group, matrix in enumerate(site.matrices(old)):
+            order = _channels_last(site, matrix.device)
+            moment = None if moments is None else moments[group][order][:, order]
+            one = solve(matrix[:, order], moment, self._pattern, method, damping=self.damping)
+            solved.append(one)
+        back = torch.argsort(_channels_last(site, old.device))
+        new = site.weight_from(torch.stack([one.weight[:, back] for one in solved]))
+        edit.set_tensor(site.weight, new.to(old.dtype).contiguous())
+        found[site] = _Layer(site, method, self._pattern, solved)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What became of one parameter; one `Solved` for each group."""
+
+    site: Site
+    method: Method
+    pattern: Pattern
+    solved: Sequence[Solved]
+
+    @property
+    def zeros(self) -> float:
+        """Share of zeros."""
+        kept = sum(float(one.mask.sum()) for one in self.solved)
+        return 1 - kept / sum(one.mask.numel() for one in self.solved)
+
+    @property
+    def error(self) -> float:
+        """Mean relative squared error."""
+        return sum(one.error for one in self.solved) / len(self.solved)
+
+    @property
+    def magnitude(self) -> float:
+        """The same for the smallest magnitudes."""
+        return sum(one.magnitude for one in self.solved) / len(self.solved)
+
+
+def _fits(site: Site | None, reader: Reader) -> bool:
+    """Whether the features of a reader are the columns of the site."""
+    if site is None:
+        return False
+    return site.kind == "linear" or (site.kind == "convolution" and unfolds(reader))
+
+
+def _width(site: Site, pattern: Pattern) -> int:
+    """Columns that neighbours may be among: of a convolution the channels."""
+    if pattern.kind == "unstructured" or site.kind != "convolution":
+        return site.ins
+    return site.shape[1]
+
+
+def _channels_last(site: Site, device: torch.device) -> Tensor:
+    """The columns of a matrix with the channels innermost."""
+    columns = torch.arange(site.ins, device=device)
+    if site.kind != "convolution":
+        return columns
+    return columns.view(site.shape[1], -1).t().reshape(-1)
+
+
+def _warn_of_few(ctx: PassContext, site: Site, rows: int) -> None:
+    if rows < site.ins:
+        text = f"{rows} rows of calibration data for {site.ins} columns: the rest is damped"
+        ctx.tell(Diagnostic("warning", text, name=site.weight))
+
+
+def _statistics(layers: Sequence[_Layer]) -> dict[str, int | float | str]:
+    whole = sum(layer.site.parameters for layer in layers)
+    return {
+        "layers": len(layers),
+        "weights": whole,
+        "zeros": sum(layer.zeros * layer.site.parameters for layer in layers) / whole,
+        "mean_error": sum(layer.error for layer in layers) / len(layers),
+        "mean_error_magnitude": sum(layer.magnitude for layer in layers) / len(layers),
+    }
+
+
+def _details(layers: Sequence[_Layer]) -> dict[str, Any]:
+    rows = [
+        {
+            "layer": layer.site.weight,
+            "pattern": str(layer.pattern),
+            "method": layer.method,
+            "zeros": layer.zeros,
+            "error": layer.error,
+            "error_magnitude": layer.magnitude,
+        }
+        for layer in layers
+    ]
+    return {"sparse": rows}
+
+
+def _told(layers: Sequence[_Layer]) -> Iterator[Diagnostic]:
+    for layer in layers:
+        what = "of the weight" if layer.method == "magnitude" else "of the outputs"
+        text = (
+            f"{layer.pattern} by {layer.method}: {layer.zeros:.1%} zeros, relative squared error "
+            f"{what} {layer.error:.2g}"
+        )
+        if layer.method != "magnitude":
+            text += f", by magnitude alone {layer.magnitude:.2g}"
+        yield Diagnostic("note", text, name=layer.site.weight)
+
+
+def _no_faster(pattern: Pattern) -> Diagnostic:
+    return Diagnostic(
+        "note",
+        f"weights with zeros ({pattern}) run as dense ones: no kernel that was measured to be "
+        "faster takes them here",
+    )
+
+
+def _left_alone(left: Mapping[str, str]) -> Iterator[Diagnostic]:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        rest = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        text = f"left alone, since {reason}: {', '.join(names[:6])}{rest}"
+        yield Diagnostic("note", text, name=names[0])
