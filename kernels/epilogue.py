@@ -1,9 +1,6 @@
-"""What follows a product: bias, activation, residual; and adding up the parts of a split sum."""
+"""What follows a product: bias, activation, residual."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,77 +8,112 @@ from torch.nn import functional as F
 
 from torchlathe.ir.errors import OptionError
 
-__all__ = ["ACTIVATIONS", "activation_code", "add_parts", "finished", "room_for"]
+__all__ = [
+    "ACTIVATIONS",
+    "EIGHT",
+    "GATED",
+    "activation_code",
+    "finished",
+    "interleave",
+    "rows_for",
+]
 
 # In the order of the kernels' codes.
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+# Activations of a gate, by the activation that they are of: ``activation(gate) * gated``.
+GATED = {"bilinear": "none", "reglu": "relu", "swiglu": "silu", "geglu": "gelu"}
+GATED |= {"geglu_tanh": "gelu_tanh"}
+# Rows of a gate and of what it gates lie in turns of so many: one thread of the tensor cores holds
+# sums of rows eight apart.
+EIGHT = 8
+
+_GATED_CODE = 16
 
 
 def activation_code(activation: str) -> int:
-    """The kernels' number of an activation.
+    """The kernels' number of an activation; gated ones begin at 16.
 
     Raises:
         OptionError: There is no such activation.
     """
+    if activation in GATED:
+        return _GATED_CODE + ACTIVATIONS.index(GATED[activation])
     if activation not in ACTIVATIONS:
         raise OptionError(
-            f"no activation {activation!r}", hint=f"known are {', '.join(ACTIVATIONS)}"
+            f"no activation {activation!r}", hint=f"known are {', '.join((*ACTIVATIONS, *GATED))}"
         )
     return ACTIVATIONS.index(activation)
 
 
+def rows_for(out_features: int, activation: str) -> int:
+    """Rows of the weights, without padding, whose product gives so many features."""
+    return 2 * EIGHT * -(-out_features // EIGHT) if activation in GATED else out_features
+
+
+def interleave(gate: Tensor, gated: Tensor, axis: int = 0) -> Tensor:
+    """Put the rows of a gate and of what it gates in turns of eight, as gated activations want it.
+
+    Both are padded to whole eights with zeros. Weights, scales (on their last axis), zero points
+    and biases go through this before they are packed.
+
+    Args:
+        gate: What the activation is of, with the features on ``axis``.
+        gated: What it is multiplied by, of the same shape.
+        axis: Axis of the features.
+
+    Returns:
+        The tensors as one, with ``rows_for(features, "swiglu")`` features.
+
+    Raises:
+        OptionError: The shapes differ.
+    """
+    if gate.shape != gated.shape:
+        raise OptionError(
+            f"a gate of shape {tuple(gate.shape)} cannot gate {tuple(gated.shape)}",
+            hint="both are (features, inputs), of the same type",
+        )
+    turns = []
+    for tensor in (gate, gated):
+        moved = tensor.movedim(axis, -1)
+        moved = F.pad(moved, (0, -moved.shape[-1] % EIGHT))
+        turns.append(moved.unflatten(-1, (-1, EIGHT)))
+    return torch.stack(turns, -2).flatten(-3).movedim(-1, axis).contiguous()
+
+
 def finished(
-    product: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+    product: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_features: int | None = None,
 ) -> Tensor:
-    """``activation(product + bias) + residual`` in the type of the product."""
+    """``activation(product + bias) + residual`` in the type of the product.
+
+    Args:
+        product: (..., rows), where `rows_for` says how many.
+        bias: (rows,).
+        residual: (..., out).
+        activation: One of `ACTIVATIONS` or `GATED`.
+        out_features: Features of the result; needed where a gate's are no whole eights.
+    """
     code = activation_code(activation)
     if bias is not None:
         product = product + bias.to(product.dtype)
-    if code == 1:
-        product = F.relu(product)
-    elif code == 2:
-        product = F.silu(product)
-    elif code in {3, 4}:
-        product = F.gelu(product, approximate="tanh" if code == 4 else "none")
+    if code >= _GATED_CODE:
+        gate, gated = product.unflatten(-1, (-1, 2, EIGHT)).unbind(-2)
+        product = (_activated(gate, code - _GATED_CODE) * gated).flatten(-2)[..., :out_features]
+    else:
+        product = _activated(product, code)
     if residual is not None:
         product = product + residual.to(product.dtype)
     return product
 
 
-def room_for(
-    tokens: int, features: int, split: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The result, (tokens, features), and what the product writes: that, or (split, ...) fp32."""
-    out = torch.empty((tokens, features), dtype=dtype, device=device)
-    if split == 1:
-        return out, out
-    return out, torch.empty((split, tokens, features), dtype=torch.float32, device=device)
-
-
-def add_parts(
-    parts: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    wrap: Callable[[Any], Any],
-) -> None:
-    """Add the parts of a split sum, (parts, tokens, out) fp32, and finish, into ``out``."""
-    from torchlathe.kernels.blocks.triton import sum_parts
-
-    count, tokens, features = parts.shape
-    block = 512
-    wrap(sum_parts)[(-(-features // block), tokens)](
-        parts,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        tokens,
-        features,
-        PARTS=count,
-        BLOCK=block,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        ACTIVATION=activation_code(activation),
-        num_warps=4,
-    )
+def _activated(value: Tensor, code: int) -> Tensor:
+    if code == 1:
+        return F.relu(value)
+    if code == 2:
+        return F.silu(value)
+    if code in {3, 4}:
+        return F.gelu(value, approximate="tanh" if code == 4 else "none")
+    return value

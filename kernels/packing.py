@@ -11,12 +11,16 @@ inverse. Layouts:
   column ``r``, the high byte column ``r + 64``, both plus 128.
 - ``hs4`` (4 bits, for 8-bit activations): int8 (rows, columns/2), halves of ``h`` columns, 128 or
   64 (`half_of`): the low nibble holds column ``r``, the high nibble column ``r + h``, both in two's
-  complement.
+  complement; or without a sign, where there are zero points.
+- ``sm4`` (4 bits, for fp8 activations): the same with a sign and three bits, which are the bits of
+  an e4m3.
 
 Rows are padded to 128 and columns to 128, with zeros that have no effect.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,11 +37,14 @@ __all__ = [
     "pack_hs8",
     "pack_qs4",
     "pack_scales",
+    "pack_sm4",
     "padded",
     "quarter_of",
     "unpack_hs4",
     "unpack_hs8",
+    "unpack_hu4",
     "unpack_qs4",
+    "unpack_sm4",
     "widened",
 ]
 
@@ -132,37 +139,80 @@ def half_of(columns: int) -> int:
 
 
 def pack_hs4(values: Tensor) -> Tensor:
-    """Pack 4-bit weights for 8-bit activations.
+    """Pack 4-bit weights for int8 activations.
 
     Args:
-        values: (out, in) int8, each from -8 to 7.
+        values: (out, in) int8, each from -8 to 7; or uint8, each below 16, for zero points.
 
     Returns:
         (rows, columns/2) int8.
 
     Raises:
-        OptionError: The values are not signed 4-bit numbers.
+        OptionError: The values are not 4-bit numbers.
+    """
+    if values.dtype == torch.uint8 and values.dim() == 2:
+        if values.numel() and int(values.max()) > 15:
+            raise OptionError(f"weights must be below 16, the largest is {int(values.max())}")
+    elif values.dtype != torch.int8 or values.dim() != 2:
+        raise OptionError(f"weights must be int8 of two axes, not {_described(values)}")
+    elif values.numel() and not -8 <= int(values.min()) <= int(values.max()) <= 7:
+        raise OptionError("weights must be from -8 to 7")
+    return _pack_halves(values.to(torch.int32) & 15)
+
+
+def unpack_hs4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_hs4` for int8, with the padding: (rows, columns) int8."""
+    # Shifting right keeps the sign, so that the low nibble goes to the top first.
+    return _unpacked_halves(packed, lambda low: (low << 4) >> 4, lambda high: high >> 4)
+
+
+def unpack_hu4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_hs4` for uint8, with the padding: (rows, columns) int8 below 16."""
+    return _unpacked_halves(packed, lambda low: low & 15, lambda high: (high >> 4) & 15)
+
+
+def pack_sm4(values: Tensor) -> Tensor:
+    """Pack 4-bit weights for fp8 activations: a sign and three bits.
+
+    Args:
+        values: (out, in) int8, each from -7 to 7.
+
+    Returns:
+        (rows, columns/2) int8.
+
+    Raises:
+        OptionError: The values are not of a sign and three bits.
     """
     if values.dtype != torch.int8 or values.dim() != 2:
         raise OptionError(f"weights must be int8 of two axes, not {_described(values)}")
-    if values.numel() and not -8 <= int(values.min()) <= int(values.max()) <= 7:
-        raise OptionError("weights must be from -8 to 7")
-    values = _pad(values)
-    rows, columns = values.shape
+    if values.numel() and int(values.abs().max()) > 7:
+        raise OptionError("weights for fp8 activations must be from -7 to 7")
+    wide = values.to(torch.int32)
+    return _pack_halves(wide.abs() | (wide < 0).to(torch.int32) << 3)
+
+
+def unpack_sm4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_sm4`, with the padding: (rows, columns) int8."""
+    bits = unpack_hu4(packed)
+    return torch.where(bits > 7, -(bits & 7), bits)
+
+
+def _pack_halves(nibbles: Tensor) -> Tensor:
+    nibbles = _pad(nibbles)
+    rows, columns = nibbles.shape
     half = half_of(columns)
-    parts = values.view(rows, columns // (2 * half), 2, half).to(torch.int32) & 15
+    parts = nibbles.view(rows, columns // (2 * half), 2, half)
     packed = parts[:, :, 0] | (parts[:, :, 1] << 4)
     return _signed(packed, 8).to(torch.int8).reshape(rows, columns // 2)
 
 
-def unpack_hs4(packed: Tensor) -> Tensor:
-    """The inverse of `pack_hs4`, with the padding: (rows, columns) int8."""
+def _unpacked_halves(
+    packed: Tensor, low: Callable[[Tensor], Tensor], high: Callable[[Tensor], Tensor]
+) -> Tensor:
     rows, columns = packed.shape[0], packed.shape[1] * 2
     half = half_of(columns)
     spans = packed.view(rows, columns // (2 * half), 1, half)
-    # Shifting right keeps the sign, so that the low nibble goes to the top first.
-    low, high = (spans << 4) >> 4, spans >> 4
-    return torch.cat((low, high), 2).reshape(rows, columns)
+    return torch.cat((low(spans), high(spans)), 2).reshape(rows, columns)
 
 
 def pack_scales(scales: Tensor, columns: int, group: int) -> Tensor:

@@ -8,11 +8,12 @@ AOTInductor for a CPU with nothing of Python left; it needs no fake and no Trito
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchlathe.ir.errors import UnsupportedError
 
@@ -39,23 +40,26 @@ def register(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     return registered
 
 
-def differentiate(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor]) -> None:
-    """Give a linear op a backward for its activations, its bias and its residual.
+def differentiate(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor] | None = None) -> None:
+    """Give a linear op a backward for its activations, its bias, residual and low-rank factors.
 
     The weights are quantised, and get none: this is for training what lies around them.
 
     Args:
-        op: An op with arguments ``x``, ``bias``, ``residual`` and ``activation``.
+        op: An op with arguments ``x``, ``bias``, ``residual`` and ``activation``, and perhaps
+            ``down`` and ``up``.
         weight_of: Gives the weights, (out, columns), from the op's arguments; the columns may be
-            padded.
+            padded. None where there are factors alone.
     """
     names = [argument.name for argument in op._opoverload._schema.arguments]
     places = {name: names.index(name) for name in ("x", "bias", "residual", "activation")}
+    factors = {name: names.index(name) for name in ("down", "up") if name in names}
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-        # What is saved must not hold x, which the backward does not need.
-        tensors[places["x"]] = None
+        if not any(ctx.needs_input_grad[place] for place in factors.values()):
+            # What is saved must not hold x where the backward does not need it.
+            tensors[places["x"]] = None
         ctx.save_for_backward(*tensors)
         ctx.width = inputs[places["x"]].shape[-1]
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
@@ -72,12 +76,39 @@ def differentiate(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor]) -> No
             )
         found: list[Tensor | None] = [None] * len(inputs)
         needed = ctx.needs_input_grad
-        if needed[places["x"]]:
+        if needed[places["x"]] and weight_of is not None:
             found[places["x"]] = grad @ weight_of(inputs)[:, : ctx.width].to(grad.dtype)
         if needed[places["bias"]]:
             found[places["bias"]] = grad.flatten(0, -2).sum(0)
         if needed[places["residual"]]:
             found[places["residual"]] = grad
+        if factors:
+            _low_rank_backward(found, needed, inputs, grad, ctx.width, places["x"], **factors)
         return tuple(found)
 
     op.register_autograd(backward, setup_context=setup)
+
+
+def _low_rank_backward(
+    found: list[Tensor | None],
+    needed: Sequence[bool],
+    inputs: tuple[Any, ...],
+    grad: Tensor,
+    width: int,
+    x: int,
+    down: int,
+    up: int,
+) -> None:
+    """Add what ``x @ down.T @ up.T`` gives to x, down and up, by their places."""
+    rows, columns = inputs[up].shape[0] - grad.shape[-1], inputs[down].shape[1]  # with padding
+    narrow_grad = grad @ inputs[up][: grad.shape[-1]]
+    if needed[x]:
+        term = (narrow_grad @ inputs[down])[..., :width]
+        total = found[x]
+        found[x] = term if total is None else total + term
+    if needed[down]:
+        product = narrow_grad.flatten(0, -2).t() @ inputs[x].flatten(0, -2)
+        found[down] = F.pad(product, (0, columns - width))
+    if needed[up]:
+        narrow = inputs[x].flatten(0, -2) @ inputs[down][:, :width].t()
+        found[up] = F.pad(grad.flatten(0, -2).t() @ narrow, (0, 0, 0, rows))

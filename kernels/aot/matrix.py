@@ -13,7 +13,18 @@ from torchlathe.kernels.aot.compiling import ARCHITECTURES, Architecture, compil
 __all__ = ["CONTROL", "OPS", "Case", "Limits", "Row", "all_cases", "check_case", "check_cases"]
 
 # The ops with cases, in the order of the table; each has a module `cases` next to its kernel.
-OPS = ("w4a16", "norm_quantise", "w8a8", "w8a16", "w4a8", "w4a16_experts")
+OPS = (
+    "w4a16",
+    "norm_quantise",
+    "w8a8",
+    "w8a16",
+    "w4a8",
+    "w4a16_experts",
+    "w8a16_experts",
+    "w8a8_experts",
+    "block_sparse",
+    "low_rank",
+)
 # The kernel that must break its limits.
 CONTROL = "control"
 

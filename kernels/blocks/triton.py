@@ -1,129 +1,13 @@
-"""Functions that kernels call, and the kernel that adds up the parts of a split sum.
-
-``FAST`` chooses inline PTX where there is a plain form with the same meaning beside it: the
-plain form is what other vendors' GPUs and Triton's interpreter run.
-"""
+"""What follows a sum: the one end of every kernel, and the kernel that adds up a split sum."""
 
 # mypy: ignore-errors
 # pyright: basic
-# ruff: noqa: SIM108, SIM300
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["activated", "finish", "nibbles", "sum_parts"]
-
-
-@triton.jit
-def nibbles(words, zeros, J: tl.constexpr, LIKE: tl.constexpr, FAST: tl.constexpr):
-    """Nibble J of each word, minus a zero point, in the type LIKE.
-
-    In fp16 with FAST the value is scaled: by 2^-24 where J is even, and by 2^-20 where it is odd.
-    A 4-bit number in the low bits of an fp16 is a subnormal of exactly that value, tensor cores
-    take subnormals as they are, and so one AND per two weights unpacks, and one subtraction
-    centres, both exact. In bf16, whose subnormals would leave the range of the sums, the number
-    is put behind the exponent of 128, where it is exact too.
-
-    Args:
-        words: (rows, quarter) int16.
-        zeros: (rows, 1) int16, the zero points.
-        J: Which nibble, 0 to 3.
-        LIKE: tl.float16, tl.bfloat16 or tl.float32.
-        FAST: Whether to use PTX (never for float32).
-
-    Source: own; that tensor cores take subnormals: Fasi et al. 2021, Numerical behavior of NVIDIA
-    tensor cores, section 4.2.
-    """
-    if FAST and LIKE == tl.float16:
-        if J % 2 == 0:
-            centre = zeros + tl.zeros_like(words)
-        else:
-            centre = (zeros << 4) + tl.zeros_like(words)
-        if J == 0:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t; and.b32 t, $1, 0x000f000f; sub.f16x2 $0, t, $2;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        elif J == 1:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t; and.b32 t, $1, 0x00f000f0; sub.f16x2 $0, t, $2;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        elif J == 2:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t; shr.u32 t, $1, 8; and.b32 t, t, 0x000f000f; sub.f16x2 $0, t, $2;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t; shr.u32 t, $1, 8; and.b32 t, t, 0x00f000f0; sub.f16x2 $0, t, $2;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        value = bits.to(tl.float16, bitcast=True)
-    elif FAST and LIKE == tl.bfloat16:
-        # 0x4300 is 128 in bf16, whose last bit counts 1; -1 is 0xbf80.
-        centre = (zeros | 0x4300) + tl.zeros_like(words)
-        if J == 0:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80;"
-                "lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        elif J == 1:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80; shr.u32 t, $1, 4;"
-                "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        elif J == 2:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80; shr.u32 t, $1, 8;"
-                "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            bits = tl.inline_asm_elementwise(
-                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80; shr.u32 t, $1, 12;"
-                "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
-                "=r,r,r",
-                [words, centre],
-                dtype=tl.int16,
-                is_pure=True,
-                pack=2,
-            )
-        value = bits.to(tl.bfloat16, bitcast=True)
-    else:
-        value = (((words >> (4 * J)) & 15) - zeros).to(LIKE)
-    return value
+__all__ = ["activated", "finish", "sum_parts"]
 
 
 @triton.jit
@@ -144,34 +28,58 @@ def activated(value, ACTIVATION: tl.constexpr):
 @triton.jit
 def finish(
     acc,
-    rows,
-    tokens,
+    start,
+    slots,
+    known,
+    factors,
     part,
     bias_ptr,
     residual_ptr,
     out_ptr,
     M,
     N,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Store a block of sums, (rows, tokens) fp32: finished, or as one part of a split sum.
+    """Store a block of sums, (BN, BM) fp32: finished, or as one part of a split sum.
 
-    Shapes: bias (N,); residual and out (M, N), or out (SPLIT_K, M, N) fp32.
+    The rows of the block begin at ``start``; ``slots`` (BM,) says which row of the result each
+    column goes to, and ``known`` which of them there are. From 16 on an activation is gated: the
+    rows are of a gate and of what it gates, in turns of eight (which one thread of the tensor
+    cores holds together), and the result has half as many.
+
+    Shapes: factors (BM,), what columns are multiplied by; bias (rows,), residual and out (M, N), or
+    out (SPLIT_K, M, N) fp32.
     """
-    here = (rows < N)[:, None] & (tokens < M)[None, :]
-    at = tokens[None, :].to(tl.int64) * N + rows[:, None]
-    if SPLIT_K > 1:
-        tl.store(out_ptr + part.to(tl.int64) * M * N + at, acc, mask=here)
+    GATED: tl.constexpr = ACTIVATION >= 16
+    rows = start + tl.arange(0, BN)
+    if HAS_BIAS:
+        most = N
+        if GATED:
+            most = tl.cdiv(N, 8) * 16
+        acc += tl.load(bias_ptr + rows, mask=rows < most, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        pairs = acc.reshape((BN // 16, 2, 8, BM)).permute((0, 2, 3, 1))
+        gate, gated = tl.split(pairs)
+        value = activated(gate, ACTIVATION - 16) * gated
+        value = value.reshape((BN // 2, BM))
+        rows = start // 2 + tl.arange(0, BN // 2)
     else:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-        acc = activated(acc, ACTIVATION)
-        if HAS_RESIDUAL:
-            acc += tl.load(residual_ptr + at, mask=here, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=here)
+        value = activated(acc, ACTIVATION)
+    here = (rows < N)[:, None] & known[None, :]
+    at = slots[None, :].to(tl.int64) * N + rows[:, None]
+    if SPLIT_K > 1:
+        out_ptr += part.to(tl.int64) * M * N
+    if HAS_FACTORS:
+        value *= factors[None, :]
+    if HAS_RESIDUAL:
+        value += tl.load(residual_ptr + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -181,6 +89,7 @@ def sum_parts(
     residual_ptr,
     out_ptr,
     M,
+    R,
     N,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -190,19 +99,33 @@ def sum_parts(
 ):
     """Add the parts of a split sum in their order, so that the result is the same each time.
 
-    Shapes: parts (PARTS, M, N) fp32, bias (N,), residual and out (M, N). Grid: (blocks of N, M).
+    Shapes: parts (PARTS, M, R) fp32; what follows is `finish`'s. Grid: (blocks of R, M).
     """
-    row = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < N
-    total = tl.zeros((BLOCK,), tl.float32)
+    start = tl.program_id(0) * BLOCK
+    slots = tl.program_id(1) + tl.arange(0, 1)
+    rows = start + tl.arange(0, BLOCK)
+    at = slots[None, :].to(tl.int64) * R + rows[:, None]
+    inside = (rows < R)[:, None]
+    total = tl.zeros((BLOCK, 1), tl.float32)
     for part in tl.static_range(PARTS):
-        at = (part * M + row).to(tl.int64) * N
-        total += tl.load(parts_ptr + at + columns, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    total = activated(total, ACTIVATION)
-    at = row.to(tl.int64) * N
-    if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + at + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+        total += tl.load(parts_ptr + part * M.to(tl.int64) * R + at, mask=inside, other=0.0)
+    finish(
+        total,
+        start,
+        slots,
+        slots < M,
+        slots,
+        0,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        M,
+        N,
+        BLOCK,
+        1,
+        1,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        False,
+        ACTIVATION,
+    )

@@ -20,7 +20,7 @@ from torchlathe.ir.cost.latency import cache_directory
 from torchlathe.ir.files import write_text
 from torchlathe.kernels.tuning.tiles import Problem, Tile, default_tile
 
-__all__ = ["SHIPPED", "TileTable", "forget", "tile_for", "using"]
+__all__ = ["SHIPPED", "TileTable", "forget", "processors_of", "tile_for", "using"]
 
 log = logging.getLogger("torchlathe")
 
@@ -104,6 +104,11 @@ def tile_for(problem: Problem, device: Any) -> Tile | None:
     """The tile for a problem on a CUDA device; None means the library's product."""
     table, processors = _chosen.get() or _of_device(str(device))
     return table.tile(problem, processors)
+
+
+def processors_of(device: Any) -> int:
+    """Multiprocessors of a CUDA device."""
+    return (_chosen.get() or _of_device(str(device)))[1]
 
 
 @contextmanager

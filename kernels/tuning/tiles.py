@@ -15,6 +15,7 @@ __all__ = ["BUCKETS", "Problem", "Tile", "candidates", "default_tile"]
 
 # Tokens are rounded up to one of these; above the last the dequantised product takes over.
 BUCKETS = (2, 8, 16, 32, 64)
+_MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,12 @@ class Problem:
 
     @property
     def bucket(self) -> int:
-        """Tokens, rounded up; 0 where there are more than any tile takes."""
+        """Tokens, rounded up; 0 where there are more than any tile takes.
+
+        Sparse products pay for many tokens alone, 1,024 or more, rounded up to a power of two.
+        """
+        if self.op == "semi_structured":
+            return 0 if self.m < _MANY else 1 << (self.m - 1).bit_length()
         return next((bucket for bucket in BUCKETS if self.m <= bucket), 0)
 
     @property
@@ -82,10 +88,10 @@ def default_tile(problem: Problem, processors: int) -> Tile | None:
     Returns:
         The tile, or None where the weights should be dequantised for the library's product.
     """
-    if problem.bucket == 0:
+    if problem.bucket == 0 or problem.op == "semi_structured":
         return None
     BM = problem.bucket
-    if problem.op == "fp8":
+    if problem.dtype.startswith("float8"):
         BM = max(BM, 16)  # smaller products of fp8 go through fp16
     # Beyond 8 tokens warp-group products take 64 rows each, and two of them hide the waiting.
     BN = 64 if BM <= 8 else 128

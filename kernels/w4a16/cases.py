@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from torchlathe.kernels.aot.compiling import Architecture
 from torchlathe.kernels.aot.matrix import Case, Limits
+from torchlathe.kernels.blocks.cases import Format, product_case
 
-__all__ = ["cases"]
-
-_POINTERS = (
-    "x_ptr",
-    "words_ptr",
-    "scales_ptr",
-    "zeros_ptr",
-    "bias_ptr",
-    "residual_ptr",
-    "narrow_ptr",
-    "up_ptr",
-    "out_ptr",
-)
-_INTEGERS = ("M", "N", "spans", "stride_x", "stride_words", "stride_scales")
-# The op pads K to whole spans and rows to 128; N itself need not be a multiple of anything.
-_DIVISIBLE = (*_POINTERS, "stride_x", "stride_words", "stride_scales")
+__all__ = ["cases", "w4a16_format"]
 
 
-def _product() -> Any:
-    from torchlathe.kernels.w4a16.triton import w4a16
-
-    return w4a16
+def w4a16_format(dtype: str = "fp16", group: int = 128) -> Format:
+    """W4A16 as the kernel knows it."""
+    quarter = 32 if group == 32 else 64
+    return Format(0, "i16", dtype, dtype, dtype, quarter, 4, 2, 2 * quarter)
 
 
 def _case(
@@ -41,51 +26,31 @@ def _case(
     zeros: bool = False,
     split: int = 1,
     rank: int = 0,
+    activation: int = 0,
     warps: int = 4,
     stages: int = 4,
     limit: float,
     old: float | None = None,
 ) -> Case:
-    quarter = 32 if group == 32 else 64
-    signature = {name: f"*{dtype}" for name in _POINTERS} | dict.fromkeys(_INTEGERS, "i32")
-    signature |= {"words_ptr": "*i16", "zeros_ptr": "*u8"}
-    if split > 1:
-        signature["out_ptr"] = "*fp32"
-
-    def constants(architecture: Architecture) -> Mapping[str, Any]:
-        return {
-            "BM": BM if architecture.is_nvidia else max(BM, 16),
-            "BN": BN,
-            "QUARTER": quarter,
-            "GROUP": group,
-            "SPLIT_K": split,
-            "RANK": rank,
-            "HAS_ZEROS": zeros,
-            "HAS_BIAS": split == 1,
-            "HAS_RESIDUAL": False,
-            "ACTIVATION": 0,
-            "WIDE": False,
-            "FAST": architecture.is_nvidia,
-        }
-
     name = f"{dtype} g{group or 'K'} BM{BM} BN{BN} warps{warps} stages{stages}"
     name += f" split{split}" * (split > 1) + " zeros" * zeros + f" rank{rank}" * (rank > 0)
-    wgmma = {"mma"} if BM <= 8 else {"wgmma-registers"}
-    return Case(
-        op="w4a16",
-        config=name,
-        kernel=_product,
-        signature=signature,
-        constants=constants,
-        divisible=_DIVISIBLE,
-        step=(BN * 4 * quarter, 2 * BN * quarter + 8 * quarter * max(BM, 1)),
-        limits=Limits(
-            slots={"sm_80": old or limit, "sm_90": limit},
-            mma={"sm_80": {"mma"}, "sm_90": wgmma, "gfx942": {"mfma"}},
-            conversions=0,
-        ),
-        num_warps=warps,
-        num_stages=stages,
+    return product_case(
+        "w4a16",
+        name + " gated" * (activation >= 16),
+        w4a16_format(dtype, group),
+        BM,
+        BN,
+        limit=limit,
+        old=old or limit,
+        group=group,
+        zeros=zeros,
+        split=split,
+        rank=rank,
+        activation=activation,
+        warps=warps,
+        stages=stages,
+        others={"gfx942": {"mfma"}},
+        conversions=0,
     )
 
 
@@ -136,4 +101,6 @@ def cases() -> Iterator[Case]:
     yield _case(64, 128, warps=8, limit=3.56, old=4.8)
     yield _case(8, 64, rank=64, limit=2.6)
     yield _case(16, 128, rank=64, limit=2.6)
+    yield _case(8, 64, activation=18, limit=2.6)
+    yield _case(16, 128, activation=18, limit=2.6)
     yield _unpacking()

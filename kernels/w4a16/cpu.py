@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchlathe.ir.errors import OptionError
+from torchlathe.ir.errors import OptionError, UnsupportedError
+from torchlathe.kernels.epilogue import finished
+from torchlathe.kernels.registering import register
 
-__all__ = ["W4OnCpu", "linear_on_cpu", "pack_for_cpu", "supports"]
+__all__ = ["W4OnCpu", "capability", "linear_on_cpu", "pack_for_cpu", "supports", "w4a16_cpu_linear"]
 
 _ROWS = 16  # the kernel takes rows in sixteens
 _GROUPS = (32, 64, 128)
@@ -65,3 +67,37 @@ def linear_on_cpu(x: Tensor, weight: W4OnCpu, group: int, out_features: int) -> 
     packed, both = weight
     product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, both)
     return product[:, :out_features].reshape(*x.shape[:-1], out_features)
+
+
+def capability() -> str:
+    """Which vector instructions torch uses here; the order of packed weights depends on it."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@register("w4a16_cpu_linear")
+def w4a16_cpu_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales_and_zeros: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    group: int,
+    packed_for: str,
+    activation: str = "none",
+) -> Tensor:
+    """``activation(x @ w.T + bias) + residual`` for packed weights `W4OnCpu`.
+
+    Shapes: x (..., in), bf16 for speed; bias (out,); residual and the result (..., out).
+
+    Raises:
+        UnsupportedError: The weights were packed for another kind of processor.
+    """
+    if packed_for != capability():
+        raise UnsupportedError(
+            f"these weights are packed for {packed_for}, and this processor has {capability()}",
+            hint="quantise again here, or save the program before fuse-kernels",
+        )
+    weight = W4OnCpu(packed, scales_and_zeros)
+    product = linear_on_cpu(x, weight, group, out_features)
+    return finished(product, bias, residual, activation).to(x.dtype)

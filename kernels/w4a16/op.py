@@ -12,26 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchlathe.ir.errors import OptionError
-from torchlathe.kernels.epilogue import activation_code, add_parts, finished, room_for
-from torchlathe.kernels.packing import (
-    ROWS,
-    pack_qs4,
-    pack_scales,
-    padded,
-    quarter_of,
-    unpack_qs4,
-    widened,
-)
+from torchlathe.kernels.blocks import launching
+from torchlathe.kernels.blocks.launching import Packed, linear, pad_rank
+from torchlathe.kernels.epilogue import finished, rows_for
+from torchlathe.kernels.packing import pack_qs4, pack_scales, quarter_of, unpack_qs4
 from torchlathe.kernels.registering import differentiate, register
-from torchlathe.kernels.tuning.table import tile_for
-from torchlathe.kernels.tuning.tiles import Problem, Tile
+from torchlathe.kernels.tuning.tiles import Tile
 
 __all__ = [
     "W4",
     "dequantised",
     "launch",
     "pack",
+    "packed_for_kernel",
     "pad_rank",
     "reference",
     "unpacked",
@@ -96,9 +89,10 @@ def reference(
 ) -> Tensor:
     """The meaning of the op: everything in fp32, or in float64 for float64 activations."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = dequantised(words, scales, zeros, group)[:out_features, : x.shape[-1]]
+    rows = rows_for(out_features, activation)
+    weight = dequantised(words, scales, zeros, group)[:rows, : x.shape[-1]]
     product = F.linear(x.to(wide), weight.to(wide))
-    return finished(product, bias, residual, activation).to(x.dtype)
+    return finished(product, bias, residual, activation, out_features).to(x.dtype)
 
 
 @register("w4a16_linear")
@@ -117,36 +111,21 @@ def w4a16_linear(
 
     Shapes: x (..., in) fp16 or bf16; bias (out,); residual and the result (..., out).
     """
-    if x.device.type == "cpu":
-        weight = dequantised(words, scales, zeros, group)[:out_features, : x.shape[-1]]
-        product = F.linear(x, weight.to(x.dtype)).to(torch.float32)
-        return finished(product, bias, residual, activation).to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    tile = _tile(rows, out_features, group)
-    if tile is None:
-        weight = unpacked(W4(words, scales, zeros), group, x.dtype)
-        weight = weight[:out_features, : x.shape[-1]]
-        product = F.linear(x, weight)
-        if bias is None and residual is None and activation == "none":
-            return product
-        return finished(product.to(torch.float32), bias, residual, activation).to(x.dtype)
-    flat = None if residual is None else residual.reshape(-1, out_features)
-    out = launch(
-        rows,
-        W4(words, scales, zeros),
-        tile,
+    return linear(
+        x,
+        packed_for_kernel(W4(words, scales, zeros), group),
+        _unpacked_product(W4(words, scales, zeros), group),
         out_features=out_features,
-        group=group,
+        dtype=x.dtype,
         bias=bias,
-        residual=flat,
+        residual=residual,
         activation=activation,
-        wrap=torch.library.wrap_triton,
     )
-    return out.view(*x.shape[:-1], out_features)
 
 
 def _weight_of(inputs: tuple[Any, ...]) -> Tensor:
-    words, scales, zeros, out_features, group = (*inputs[1:4], *inputs[6:8])
+    words, scales, zeros = inputs[1:4]
+    out_features, group = inputs[-3:-1]
     return dequantised(words, scales, zeros, group)[:out_features]
 
 
@@ -172,131 +151,48 @@ def w4a16_low_rank_linear(
     Shapes: as `w4a16_linear`; down (rank, in), up (out padded to 128, rank), in the type of x. The
     kernel wants a rank of 16, 32, 64 or 128, to which `pad_rank` pads.
     """
-    narrow = F.linear(x, down)
-    if x.device.type != "cpu":
-        rows = x.reshape(-1, x.shape[-1])
-        tile = _tile(rows, out_features, group)
-        if tile is not None:
-            flat = None if residual is None else residual.reshape(-1, out_features)
-            out = launch(
-                rows,
-                W4(words, scales, zeros),
-                tile,
-                out_features=out_features,
-                group=group,
-                bias=bias,
-                residual=flat,
-                activation=activation,
-                low_rank=(narrow.reshape(-1, down.shape[0]), up),
-                wrap=torch.library.wrap_triton,
-            )
-            return out.view(*x.shape[:-1], out_features)
-        weight = unpacked(W4(words, scales, zeros), group, x.dtype)
-    else:
-        weight = dequantised(words, scales, zeros, group).to(x.dtype)
-    product = F.linear(x, weight[:out_features, : x.shape[-1]]).to(torch.float32)
-    product = product + F.linear(narrow, up[:out_features]).to(torch.float32)
-    return finished(product, bias, residual, activation).to(x.dtype)
+    return linear(
+        x,
+        packed_for_kernel(W4(words, scales, zeros), group),
+        _unpacked_product(W4(words, scales, zeros), group),
+        out_features=out_features,
+        dtype=x.dtype,
+        bias=bias,
+        residual=residual,
+        activation=activation,
+        low_rank=(F.linear(x, down), up),
+    )
 
 
-def pad_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad factors, (rank, in) and (out, rank), to the rank and the rows that the kernel wants.
-
-    Raises:
-        OptionError: The rank is over 128.
-    """
-    rank = down.shape[0]
-    wanted = max(16, 1 << max(rank - 1, 1).bit_length())
-    if wanted > 128:
-        raise OptionError(f"a rank of {rank} cannot be fused", hint="use two linear layers")
-    more = wanted - rank
-    rows = padded(up.shape[0], ROWS) - up.shape[0]
-    return F.pad(down, (0, 0, 0, more)), F.pad(up, (0, more, 0, rows))
+differentiate(w4a16_low_rank_linear, _weight_of)
 
 
-def _tile(rows: Tensor, out_features: int, group: int) -> Tile | None:
-    dtype = str(rows.dtype).removeprefix("torch.")
-    problem = Problem("w4a16", dtype, rows.shape[0], out_features, rows.shape[1], group)
-    return tile_for(problem, rows.device)
+def packed_for_kernel(weight: W4, group: int) -> Packed:
+    """The weights as the one product kernel takes them."""
+    columns = 4 * weight.words.shape[-1]
+    return Packed("w4a16", *weight, columns, quarter_of(columns, group), 4, group)
 
 
-def launch(
-    x: Tensor,
-    weight: W4,
-    tile: Tile,
-    *,
-    out_features: int,
-    group: int,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    wide: bool = False,
-    fast: bool = True,
-    wrap: Callable[[Any], Any] = lambda kernel: kernel,
-) -> Tensor:
-    """Run the kernel.
+def _unpacked_product(weight: W4, group: int) -> Callable[[Tensor, int], Tensor]:
+    def product(x: Tensor, rows: int) -> Tensor:
+        if x.device.type == "cpu":
+            wide = dequantised(*weight, group).to(x.dtype)
+        else:
+            wide = unpacked(weight, group, x.dtype)
+        return F.linear(x, wide[:rows, : x.shape[1]])
 
-    Args:
-        x: (tokens, in).
-        weight: The packed weights.
-        tile: How the product is cut up.
-        out_features: Rows of the weights without padding.
-        group: Weights that share a scale.
-        bias: (out,).
-        residual: (tokens, out).
-        activation: One of `torchlathe.kernels.epilogue.ACTIVATIONS`.
-        low_rank: (tokens, rank) and (rows, rank), whose product is added to the sums.
-        wide: Multiply in fp32, for the interpreter, which has no bf16.
-        fast: Use PTX; other vendors and the interpreter have the plain form.
-        wrap: What makes a kernel traceable.
+    return product
+
+
+def launch(x: Tensor, weight: W4, tile: Tile, *, group: int, **options: Any) -> Tensor:
+    """Run the kernel; the options are those of `torchlathe.kernels.blocks.launching.launch`.
 
     Returns:
         (tokens, out).
     """
-    from torchlathe.kernels.w4a16.triton import w4a16
-
-    rows, columns = weight.words.shape[0], 4 * weight.words.shape[1]
-    quarter = quarter_of(columns, group)
-    x = widened(x, columns)
-    tokens = x.shape[0]
-    out, parts = room_for(tokens, out_features, tile.split, x.dtype, x.device)
-    split = tile.split > 1
-    grid = (rows // tile.BN, -(-tokens // tile.BM), tile.split)
-    wrap(w4a16)[grid](
-        x,
-        weight.words,
-        weight.scales,
-        weight.words if weight.zeros is None else weight.zeros,
-        x if bias is None else bias,
-        x if residual is None else residual,
-        x if low_rank is None else low_rank[0],
-        x if low_rank is None else low_rank[1],
-        parts,
-        tokens,
-        out_features,
-        columns // (4 * quarter),
-        x.stride(0),
-        weight.words.stride(0),
-        weight.scales.stride(0),
-        BM=tile.BM,
-        BN=tile.BN,
-        QUARTER=quarter,
-        GROUP=group,
-        SPLIT_K=tile.split,
-        RANK=0 if low_rank is None else low_rank[0].shape[1],
-        HAS_ZEROS=weight.zeros is not None,
-        HAS_BIAS=bias is not None and not split,
-        HAS_RESIDUAL=residual is not None and not split,
-        ACTIVATION=0 if split else activation_code(activation),
-        WIDE=wide,
-        FAST=fast and torch.version.hip is None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    return launching.launch(
+        x, packed_for_kernel(weight, group), tile, **{"dtype": x.dtype} | options
     )
-    if split:
-        add_parts(parts, out, bias, residual, activation, wrap)
-    return out
 
 
 def unpacked(

@@ -1,27 +1,139 @@
-"""The W4A16 kernels: a product that unpacks weights in registers, and plain unpacking.
+"""How W4A16 sums and unpacks: words of four weights become numbers in registers.
 
 The weights are the left operand, so that the tensor cores take them from registers: words come by
 16-byte asynchronous copies and ``ldmatrix`` and never go back to shared memory. A word holds
 four weights that lie a quarter of a span apart, so that unpacking is elementwise.
+
+``FAST`` chooses inline PTX where there is a plain form with the same meaning beside it: the
+plain form is what other vendors' GPUs and Triton's interpreter run.
 """
 
 # mypy: ignore-errors
 # pyright: basic
-# ruff: noqa: SIM300
+# ruff: noqa: SIM108, SIM300
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from torchlathe.kernels.blocks.triton import activated, finish, nibbles
-
-__all__ = ["unpack_w4", "w4a16", "w4a16_experts"]
+__all__ = ["unpack_w4", "w4a16_sums"]
 
 
 @triton.jit
-def sums(
+def nibbles(words, zeros, J: tl.constexpr, LIKE: tl.constexpr, FAST: tl.constexpr):
+    """Nibble J of each word, minus a zero point, in the type LIKE.
+
+    In fp16 with FAST the value is scaled: by 2^-24 where J is even, and by 2^-20 where it is odd.
+    A 4-bit number in the low bits of an fp16 is a subnormal of exactly that value, tensor cores
+    take subnormals as they are, and so one AND per two weights unpacks, and one subtraction
+    centres, both exact. In bf16, whose subnormals would leave the range of the sums, the number
+    is put behind the exponent of 128, where it is exact too.
+
+    Args:
+        words: (rows, quarter) int16.
+        zeros: (rows, 1) int16, the zero points.
+        J: Which nibble, 0 to 3.
+        LIKE: tl.float16, tl.bfloat16 or tl.float32.
+        FAST: Whether to use PTX (never for float32).
+
+    Source: own; that tensor cores take subnormals: Fasi et al. 2021, Numerical behavior of NVIDIA
+    tensor cores, section 4.2.
+    """
+    if FAST and LIKE == tl.float16:
+        if J % 2 == 0:
+            centre = zeros + tl.zeros_like(words)
+        else:
+            centre = (zeros << 4) + tl.zeros_like(words)
+        if J == 0:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t; and.b32 t, $1, 0x000f000f; sub.f16x2 $0, t, $2;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        elif J == 1:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t; and.b32 t, $1, 0x00f000f0; sub.f16x2 $0, t, $2;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        elif J == 2:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t; shr.u32 t, $1, 8; and.b32 t, t, 0x000f000f; sub.f16x2 $0, t, $2;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t; shr.u32 t, $1, 8; and.b32 t, t, 0x00f000f0; sub.f16x2 $0, t, $2;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        value = bits.to(tl.float16, bitcast=True)
+    elif FAST and LIKE == tl.bfloat16:
+        # 0x4300 is 128 in bf16, whose last bit counts 1; -1 is 0xbf80.
+        centre = (zeros | 0x4300) + tl.zeros_like(words)
+        if J == 0:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80;"
+                "lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        elif J == 1:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80; shr.u32 t, $1, 4;"
+                "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        elif J == 2:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80; shr.u32 t, $1, 8;"
+                "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t, n; mov.b32 n, 0xbf80bf80; shr.u32 t, $1, 12;"
+                "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $2, n, t;}",
+                "=r,r,r",
+                [words, centre],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            )
+        value = bits.to(tl.bfloat16, bitcast=True)
+    else:
+        value = (((words >> (4 * J)) & 15) - zeros).to(LIKE)
+    return value
+
+
+@triton.jit
+def w4a16_sums(
     x_at,
-    words_at,
+    weight_at,
     scales_ptr,
     zeros_ptr,
     rows,
@@ -31,7 +143,7 @@ def sums(
     stride_scales,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    QUARTER: tl.constexpr,
+    PIECE: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     LIKE: tl.constexpr,
@@ -40,12 +152,14 @@ def sums(
 ):
     """Give dequantised @ x, (BN, BM) fp32, over the spans from first to last.
 
-    Shapes: x_at (QUARTER, BM) and words_at (BN, QUARTER), pointers of the first span; scales and
-    zeros (groups, rows). LIKE is what is multiplied, UNPACKED what words become first.
+    Shapes: x_at (PIECE, BM) and weight_at (BN, PIECE), pointers of the first span, whose quarters
+    are PIECE wide; scales and zeros (groups, rows). GROUP is 0 for one scale per row, else a
+    multiple of PIECE that divides 4 * PIECE or is a multiple of it. LIKE is what is multiplied,
+    UNPACKED what words become first.
     """
-    SPAN: tl.constexpr = 4 * QUARTER
+    SPAN: tl.constexpr = 4 * PIECE
     # Nibbles of a word that share a scale.
-    SHARE: tl.constexpr = 4 if GROUP == 0 or GROUP >= SPAN else GROUP // QUARTER
+    SHARE: tl.constexpr = 4 if GROUP == 0 or GROUP >= SPAN else GROUP // PIECE
     # With subnormals the odd nibbles count sixteenfold, and are summed apart.
     APART: tl.constexpr = FAST and UNPACKED == tl.float16
     acc = tl.zeros((BN, BM), tl.float32)
@@ -55,17 +169,17 @@ def sums(
     if HAS_ZEROS and GROUP == 0:
         centre = tl.load(zeros_ptr + rows).to(tl.int16)[:, None]
     for span in range(first, last):
-        words = tl.load(words_at)
+        words = tl.load(weight_at)
         for j in tl.static_range(4):
             if GROUP != 0:
-                group = (span * SPAN + j * QUARTER) // GROUP
+                group = (span * SPAN + j * PIECE) // GROUP
                 if j % SHARE == 0:
                     even = tl.zeros((BN, BM), tl.float32)
                     odd = tl.zeros((BN, BM), tl.float32)
                     if HAS_ZEROS:
                         at = zeros_ptr + group * stride_scales + rows
                         centre = tl.load(at).to(tl.int16)[:, None]
-            x = tl.load(x_at + j * QUARTER, mask=known, other=0.0)
+            x = tl.load(x_at + j * PIECE, mask=known, other=0.0)
             w = nibbles(words, centre, j, UNPACKED, FAST).to(LIKE)
             if APART and j % 2 == 1:
                 odd = tl.dot(w, x.to(LIKE), odd, input_precision="ieee")
@@ -79,7 +193,7 @@ def sums(
                     total = even + odd * 0.0625
                 scale = tl.load(scales_ptr + group * stride_scales + rows).to(tl.float32)
                 acc += total * scale[:, None]
-        words_at += QUARTER
+        weight_at += PIECE
         x_at += SPAN
     if GROUP == 0:
         scale = tl.load(scales_ptr + rows).to(tl.float32)
@@ -90,184 +204,6 @@ def sums(
     if APART:
         acc = acc * 16777216.0  # 2^24, for the subnormals
     return acc
-
-
-@triton.jit
-def w4a16(
-    x_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    bias_ptr,
-    residual_ptr,
-    narrow_ptr,
-    up_ptr,
-    out_ptr,
-    M,
-    N,
-    spans,
-    stride_x,
-    stride_words,
-    stride_scales,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    QUARTER: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Give act(x @ dequantised.T + bias) + residual, or with SPLIT_K > 1 fp32 parts of it.
-
-    Shapes: x (M, K) fp16 or bf16; words (rows, K/4) int16, scales and zeros (groups, rows), rows a
-    multiple of BN; narrow (M, RANK) and up (rows, RANK) add up @ narrow where RANK is not 0;
-    out (M, N), or (SPLIT_K, M, N) fp32. Grid: (rows/BN, M/BM up, SPLIT_K).
-    GROUP is 0 for one scale per row, else a multiple of QUARTER that divides 4 * QUARTER or is a
-    multiple of it. WIDE multiplies in fp32 (the interpreter has no bf16 arithmetic).
-    """
-    LIKE: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
-    UNPACKED: tl.constexpr = x_ptr.dtype.element_ty if FAST else LIKE
-    SPAN: tl.constexpr = 4 * QUARTER
-
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    part = tl.program_id(2)
-    lanes = tl.arange(0, QUARTER)
-    each = tl.cdiv(spans, SPLIT_K)
-    first = part * each
-    last = tl.minimum(first + each, spans)
-
-    words_at = words_ptr + rows[:, None].to(tl.int64) * stride_words + lanes[None, :]
-    words_at += first * QUARTER
-    x_at = x_ptr + tokens[None, :].to(tl.int64) * stride_x + lanes[:, None]
-    x_at += first * SPAN
-    known = (tokens < M)[None, :]
-
-    acc = sums(
-        x_at,
-        words_at,
-        scales_ptr,
-        zeros_ptr,
-        rows,
-        known,
-        first,
-        last,
-        stride_scales,
-        BM,
-        BN,
-        QUARTER,
-        GROUP,
-        HAS_ZEROS,
-        LIKE,
-        UNPACKED,
-        FAST,
-    )
-    if RANK > 0 and part == 0:
-        # The low-rank term: up (rows, RANK) times down's product with x, (M, RANK).
-        ranks = tl.arange(0, RANK)
-        up = tl.load(up_ptr + rows[:, None] * RANK + ranks[None, :])
-        narrow = tl.load(
-            narrow_ptr + tokens[None, :] * RANK + ranks[:, None], mask=known, other=0.0
-        )
-        acc = tl.dot(up.to(LIKE), narrow.to(LIKE), acc, input_precision="ieee")
-    finish(
-        acc,
-        rows,
-        tokens,
-        part,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        M,
-        N,
-        SPLIT_K,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        ACTIVATION,
-    )
-
-
-@triton.jit
-def w4a16_experts(
-    x_ptr,
-    order_ptr,
-    blocks_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    weights_ptr,
-    out_ptr,
-    N,
-    spans,
-    stride_x,
-    stride_words,
-    stride_scales,
-    words_each,
-    scales_each,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    QUARTER: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Give act(x[order] @ dequantised[expert].T) * weights, each slot by the expert it belongs to.
-
-    Shapes: x (tokens, K); order (slots,) int32, which token each slot is of; blocks (blocks, 3)
-    int32: expert, first slot, and one past its last; words (experts, rows, K/4), scales and zeros
-    (experts, groups, rows), weights (slots,) fp32; out (slots, N). Grid: (rows/BN, blocks).
-    """
-    LIKE: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
-    UNPACKED: tl.constexpr = x_ptr.dtype.element_ty if FAST else LIKE
-    block = tl.program_id(1)
-    expert = tl.load(blocks_ptr + 3 * block).to(tl.int64)
-    first = tl.load(blocks_ptr + 3 * block + 1)
-    end = tl.load(blocks_ptr + 3 * block + 2)
-    if first < end:
-        rows = tl.program_id(0) * BN + tl.arange(0, BN)
-        slots = first + tl.arange(0, BM)
-        known = slots < end
-        tokens = slots
-        if HAS_ORDER:
-            tokens = tl.load(order_ptr + slots, mask=known, other=0)
-        lanes = tl.arange(0, QUARTER)
-        words_at = words_ptr + expert * words_each
-        words_at = words_at + rows[:, None].to(tl.int64) * stride_words + lanes[None, :]
-        x_at = x_ptr + tokens[None, :].to(tl.int64) * stride_x + lanes[:, None]
-        acc = sums(
-            x_at,
-            words_at,
-            scales_ptr + expert * scales_each,
-            zeros_ptr + expert * scales_each,
-            rows,
-            known[None, :],
-            0,
-            spans,
-            stride_scales,
-            BM,
-            BN,
-            QUARTER,
-            GROUP,
-            HAS_ZEROS,
-            LIKE,
-            UNPACKED,
-            FAST,
-        )
-        acc = activated(acc, ACTIVATION)
-        if HAS_WEIGHTS:
-            acc *= tl.load(weights_ptr + slots, mask=known, other=0.0)[None, :]
-        at = slots[None, :].to(tl.int64) * N + rows[:, None]
-        here = (rows < N)[:, None] & known[None, :]
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit

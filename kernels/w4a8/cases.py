@@ -2,66 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from torchlathe.kernels.aot.compiling import Architecture
-from torchlathe.kernels.aot.matrix import Case, Limits
+from torchlathe.kernels.aot.matrix import Case
+from torchlathe.kernels.blocks.cases import Format, product_case
+from torchlathe.kernels.w8a8.cases import WHERE
 
 __all__ = ["cases"]
-
-
-def _product() -> Any:
-    from torchlathe.kernels.w4a8.triton import w4a8
-
-    return w4a8
 
 
 def _case(
     BM: int,
     BN: int,
     *,
+    kind: str = "i8",
     group: int = 0,
     half: int = 128,
+    zeros: bool = False,
     split: int = 1,
+    rank: int = 0,
     warps: int = 4,
     limit: float,
 ) -> Case:
-    pointers = {"x_ptr": "*i8", "packed_ptr": "*i8", "out_ptr": "*bf16"}
-    pointers |= {"x_scales_ptr": "*fp32", "scales_ptr": "*fp32"}
-    pointers |= {"bias_ptr": "*bf16", "residual_ptr": "*bf16"}
-    if split > 1:
-        pointers["out_ptr"] = "*fp32"
-
-    def constants(architecture: Architecture) -> Mapping[str, Any]:
-        return {
-            "BM": BM if architecture.is_nvidia else max(BM, 16),
-            "BN": BN,
-            "HALF": half,
-            "GROUP": group,
-            "SPLIT_K": split,
-            "HAS_BIAS": split == 1,
-            "HAS_RESIDUAL": False,
-            "ACTIVATION": 0,
-            "FAST": architecture.is_nvidia,
-        }
-
     name = f"g{group or 'K'} half{half} BM{BM} BN{BN} warps{warps} stages4"
-    strides = ("stride_x", "stride_packed", "stride_scales")
-    return Case(
-        op="w4a8",
-        config=name + f" split{split}" * (split > 1),
-        kernel=_product,
-        signature=pointers | dict.fromkeys(("M", "N", "steps", *strides), "i32"),
-        constants=constants,
-        divisible=(*pointers, *strides),
-        step=(BN * 2 * half, BN * half + BM * 2 * half),
-        limits=Limits(
-            slots={"sm_90": limit},
-            mma={"sm_80": {"mma"}, "sm_90": {"mma"} if BM <= 8 else {"wgmma-registers"}},
-        ),
-        num_warps=warps,
-        num_stages=4,
+    name = "fp8 " * (kind != "i8") + name + f" split{split}" * (split > 1)
+    return product_case(
+        "w4a8",
+        name + " zeros" * zeros + f" rank{rank}" * (rank > 0),
+        Format(3, "i8", kind, "fp32", "bf16", half, 2, 1, half),
+        BM,
+        BN,
+        limit=limit,
+        group=group,
+        zeros=zeros,
+        split=split,
+        rank=rank,
+        warps=warps,
+        architectures=WHERE[kind],
     )
 
 
@@ -76,3 +53,9 @@ def cases() -> Iterator[Case]:
     yield _case(64, 128, warps=8, limit=1.6)
     yield _case(16, 128, group=128, limit=1.8)
     yield _case(16, 128, group=128, half=64, limit=1.8)
+    yield _case(16, 128, rank=64, limit=1.0)
+    # Zero points are taken away in registers, two more instructions for four weights.
+    yield _case(16, 128, zeros=True, limit=1.8)
+    yield _case(16, 128, group=128, zeros=True, limit=2.0)
+    yield _case(16, 128, kind="fp8e4nv", limit=1.6)
+    yield _case(16, 128, kind="fp8e4nv", group=128, limit=1.8)

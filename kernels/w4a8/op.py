@@ -1,4 +1,4 @@
-"""``torchlathe::w4a8_linear``: a linear layer with 4-bit weights and int8 activations.
+"""``torchlathe::w4a8_linear``: a linear layer with 4-bit weights and 8-bit activations.
 
 Source: own layout and kernel; the idea that unpacking must cost less than an instruction for two
 weights is LiquidGEMM's (arXiv 2509.01229).
@@ -14,21 +14,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlathe.ir.errors import OptionError
-from torchlathe.kernels.epilogue import activation_code, add_parts, finished, room_for
-from torchlathe.kernels.packing import SPAN, half_of, pack_hs4, pack_scales, unpack_hs4, widened
+from torchlathe.kernels.blocks import launching
+from torchlathe.kernels.blocks.launching import Packed, linear
+from torchlathe.kernels.epilogue import finished, rows_for
+from torchlathe.kernels.packing import (
+    SPAN,
+    half_of,
+    pack_hs4,
+    pack_scales,
+    pack_sm4,
+    unpack_hs4,
+    unpack_hu4,
+    unpack_sm4,
+)
 from torchlathe.kernels.registering import register
-from torchlathe.kernels.tuning.table import tile_for
-from torchlathe.kernels.tuning.tiles import Problem, Tile
-from torchlathe.kernels.w8a8.op import integer_product
+from torchlathe.kernels.tuning.tiles import Tile
+from torchlathe.kernels.w8a8.op import library_product
 
-__all__ = ["W4Signed", "launch", "pack", "reference", "w4a8_linear"]
+__all__ = [
+    "W4Centred",
+    "W4Signed",
+    "launch",
+    "numbers",
+    "pack",
+    "pack_centred",
+    "packed_for_kernel",
+    "reference",
+    "w4a8_linear",
+    "w4a8_low_rank_linear",
+]
 
 
 class W4Signed(NamedTuple):
     """Packed signed 4-bit weights.
 
     Attributes:
-        packed: (rows, columns/2) int8, layout ``hs4``.
+        packed: (rows, columns/2) int8, layout ``hs4``, or ``sm4`` for fp8 activations.
         scales: (groups, rows) fp32.
     """
 
@@ -36,21 +57,77 @@ class W4Signed(NamedTuple):
     scales: Tensor
 
 
-def pack(values: Tensor, scales: Tensor, group: int = 0) -> W4Signed:
+class W4Centred(NamedTuple):
+    """Packed 4-bit weights with zero points.
+
+    Attributes:
+        packed: (rows, columns/2) int8, layout ``hs4`` without signs.
+        scales: (groups, rows) fp32.
+        zeros: (groups, rows) uint8.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def pack(
+    values: Tensor, scales: Tensor, group: int = 0, activations: torch.dtype = torch.int8
+) -> W4Signed:
     """Pack a quantised weight: ``w[n, k] = values[n, k] * scales[k // group, n]``.
 
     Args:
-        values: (out, in) int8, each from -8 to 7.
+        values: (out, in) int8, each from -8 to 7, or from -7 to 7 for fp8 activations.
         scales: (groups, out).
+        group: Weights that share a scale: 128, or 0 for a whole row.
+        activations: int8 or float8_e4m3fn, what the weights will be multiplied with.
+
+    Raises:
+        OptionError: The group has no layout, or a shape, type or value does not fit.
+    """
+    packed = _checked_scales(scales, values.shape[1], group)
+    if activations not in {torch.int8, torch.float8_e4m3fn}:
+        kind = str(activations).removeprefix("torch.")
+        raise OptionError(f"no layout for activations of {kind}", hint="int8 or float8_e4m3fn")
+    form = pack_hs4 if activations == torch.int8 else pack_sm4
+    return W4Signed(form(values), packed)
+
+
+def pack_centred(values: Tensor, scales: Tensor, zeros: Tensor, group: int = 0) -> W4Centred:
+    """Pack a weight with zero points: ``w[n, k] = (values[n, k] - zeros[..]) * scales[..]``.
+
+    Args:
+        values: (out, in) uint8, each below 16.
+        scales: (groups, out).
+        zeros: (groups, out) uint8, each below 16.
         group: Weights that share a scale: 128, or 0 for a whole row.
 
     Raises:
         OptionError: The group has no layout, or a shape, type or value does not fit.
     """
+    packed = _checked_scales(scales, values.shape[1], group)
+    if values.dtype != torch.uint8 or zeros.dtype != torch.uint8:
+        raise OptionError("weights with zero points, and those, must be uint8")
+    return W4Centred(pack_hs4(values), packed, pack_scales(zeros, values.shape[1], group))
+
+
+def _checked_scales(scales: Tensor, columns: int, group: int) -> Tensor:
     if group not in {0, SPAN}:
         raise OptionError(f"no layout for groups of {group}", hint=f"known are 0 and {SPAN}")
-    packed = pack_scales(scales.to(torch.float32), values.shape[1], group)
-    return W4Signed(pack_hs4(values), packed)
+    return pack_scales(scales.to(torch.float32), columns, group)
+
+
+def numbers(packed: Tensor, zeros: Tensor | None, activations: torch.dtype = torch.int8) -> Tensor:
+    """The weights without their scales, zero points taken away: (rows, columns) int8."""
+    if activations != torch.int8:
+        return unpack_sm4(packed)
+    if zeros is None:
+        return unpack_hs4(packed)
+    values = unpack_hu4(packed)
+    rows, columns = values.shape
+    groups = zeros.shape[0]
+    parts = values.view(rows, groups, columns // groups)
+    return (parts - zeros.t().to(torch.int8)[:, :, None]).view(rows, columns)
 
 
 def reference(
@@ -58,6 +135,7 @@ def reference(
     x_scales: Tensor,
     packed: Tensor,
     scales: Tensor,
+    zeros: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
@@ -66,13 +144,13 @@ def reference(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The meaning of the op: everything in float64."""
-    values = unpack_hs4(packed).to(torch.float64)
+    values = numbers(packed, zeros, x.dtype).to(torch.float64)
     rows, columns = values.shape
     groups = scales.shape[0]
     weight = values.view(rows, groups, columns // groups) * scales.t().to(torch.float64)[:, :, None]
-    weight = weight.view(rows, columns)[:out_features, : x.shape[-1]]
+    weight = weight.view(rows, columns)[: rows_for(out_features, activation), : x.shape[-1]]
     product = F.linear(x.to(torch.float64), weight) * x_scales.to(torch.float64)[..., None]
-    return finished(product, bias, residual, activation).to(dtype)
+    return finished(product, bias, residual, activation, out_features).to(dtype)
 
 
 @register("w4a8_linear")
@@ -86,99 +164,95 @@ def w4a8_linear(
     out_features: int,
     dtype: torch.dtype,
     activation: str = "none",
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """``activation(x * x_scales @ w.T + bias) + residual`` for packed weights `W4Signed`.
 
-    Shapes: x (..., in) int8; x_scales (...,) fp32; bias (out,); residual and the result (..., out).
+    Shapes: x (..., in) int8, or fp8 for weights packed for that; x_scales (...,) fp32; bias (out,);
+    residual and the result (..., out); zeros (groups, rows) of `W4Centred`, for int8.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    tile = None
-    if x.device.type != "cpu":
-        group = 0 if scales.shape[0] == 1 else SPAN
-        problem = Problem("w4a8", "int8", rows.shape[0], out_features, x.shape[-1], group)
-        tile = tile_for(problem, x.device)
-    if tile is None:
-        weight = unpack_hs4(packed)[:out_features, : x.shape[-1]]
-        if scales.shape[0] == 1:
-            product = integer_product(rows, weight) * scales[0, :out_features]
-        else:
-            product = _grouped_product(rows, weight, scales[:, :out_features])
-        product = (product * x_scales.reshape(-1, 1)).view(*x.shape[:-1], out_features)
-        return finished(product, bias, residual, activation).to(dtype)
-    out = launch(
-        rows,
-        x_scales.reshape(-1),
-        W4Signed(packed, scales),
-        tile,
+    return linear(
+        x,
+        packed_for_kernel(packed, scales, zeros),
+        _library(x_scales, packed, scales, zeros),
         out_features=out_features,
         dtype=dtype,
+        x_scales=x_scales,
         bias=bias,
-        residual=None if residual is None else residual.reshape(-1, out_features),
+        residual=residual,
         activation=activation,
-        wrap=torch.library.wrap_triton,
     )
-    return out.view(*x.shape[:-1], out_features)
 
 
-def _grouped_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    wide = F.pad(weight, (0, SPAN * scales.shape[0] - weight.shape[1])).to(torch.float32)
-    wide = wide.view(weight.shape[0], scales.shape[0], SPAN) * scales.t()[:, :, None]
-    return F.linear(x.to(torch.float32), wide.flatten(1)[:, : x.shape[1]])
+@register("w4a8_low_rank_linear")
+def w4a8_low_rank_linear(
+    x: Tensor,
+    x_scales: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    narrow: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """`w4a8_linear` with ``narrow @ up.T`` added to the product.
+
+    Shapes: as `w4a8_linear`; narrow (..., rank) and up (out padded to 128, rank) as
+    `torchlathe.kernels.w8a8.op.w8a8_low_rank_linear` takes them.
+    """
+    return linear(
+        x,
+        packed_for_kernel(packed, scales, zeros),
+        _library(x_scales, packed, scales, zeros),
+        out_features=out_features,
+        dtype=dtype,
+        x_scales=x_scales,
+        bias=bias,
+        residual=residual,
+        activation=activation,
+        low_rank=(narrow, up),
+    )
+
+
+def packed_for_kernel(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Packed:
+    """The weights as the one product kernel takes them."""
+    columns = 2 * packed.shape[-1]
+    group = 0 if scales.shape[-2] == 1 else SPAN
+    return Packed("w4a8", packed, scales, zeros, columns, half_of(columns), 2, group)
+
+
+def _library(
+    x_scales: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None
+) -> Callable[[Tensor, int], Tensor]:
+    def product(x: Tensor, rows: int) -> Tensor:
+        weight = numbers(packed, zeros, x.dtype)
+        if scales.shape[0] == 1:
+            # fp8 holds these integers exactly.
+            return library_product(x, x_scales.reshape(-1, 1), weight.to(x.dtype), scales[0], rows)
+        wide = weight.view(weight.shape[0], scales.shape[0], SPAN).to(torch.float32)
+        wide = (wide * scales.t()[:, :, None]).flatten(1)[:rows, : x.shape[1]]
+        return F.linear(x.to(torch.float32), wide) * x_scales.reshape(-1, 1)
+
+    return product
 
 
 def launch(
     x: Tensor,
     x_scales: Tensor,
-    weight: W4Signed,
+    weight: W4Signed | W4Centred,
     tile: Tile,
     *,
-    out_features: int,
     dtype: torch.dtype,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    fast: bool = True,
-    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+    **options: Any,
 ) -> Tensor:
-    """Run the kernel; the arguments are those of `torchlathe.kernels.w4a16.op.launch`.
+    """Run the kernel; the options are those of `torchlathe.kernels.blocks.launching.launch`.
 
     Returns:
         (tokens, out).
     """
-    from torchlathe.kernels.w4a8.triton import w4a8
-
-    rows, columns = weight.packed.shape[0], 2 * weight.packed.shape[1]
-    half = half_of(columns)
-    x = widened(x, columns)
-    tokens = x.shape[0]
-    out, parts = room_for(tokens, out_features, tile.split, dtype, x.device)
-    single = tile.split == 1
-    wrap(w4a8)[(rows // tile.BN, -(-tokens // tile.BM), tile.split)](
-        x,
-        x_scales,
-        weight.packed,
-        weight.scales,
-        x_scales if bias is None else bias,
-        x_scales if residual is None else residual,
-        parts,
-        tokens,
-        out_features,
-        columns // (2 * half),
-        x.stride(0),
-        weight.packed.stride(0),
-        weight.scales.stride(0),
-        BM=tile.BM,
-        BN=tile.BN,
-        HALF=half,
-        GROUP=0 if weight.scales.shape[0] == 1 else SPAN,
-        SPLIT_K=tile.split,
-        HAS_BIAS=bias is not None and single,
-        HAS_RESIDUAL=residual is not None and single,
-        ACTIVATION=activation_code(activation) if single else 0,
-        FAST=fast and torch.version.hip is None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if not single:
-        add_parts(parts, out, bias, residual, activation, wrap)
-    return out
+    packed = packed_for_kernel(*weight)
+    return launching.launch(x, packed, tile, dtype=dtype, x_scales=x_scales, **options)

@@ -1,4 +1,4 @@
-"""The W4A8 kernel: 4-bit weights become the high halves of int8, sixteenfold and exact."""
+"""How W4A8 sums: nibbles become int8 or fp8 in registers, exactly, up to a power of two."""
 
 # mypy: ignore-errors
 # pyright: basic
@@ -7,9 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchlathe.kernels.blocks.triton import finish
-
-__all__ = ["w4a8"]
+__all__ = ["w4a8_sums"]
 
 
 @triton.jit
@@ -46,87 +44,157 @@ def signed_halves(packed, HIGH: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def w4a8(
-    x_ptr,
-    x_scales_ptr,
-    packed_ptr,
+def centred_halves(packed, zeros, HIGH: tl.constexpr, FAST: tl.constexpr):
+    """The low or high nibble of each byte, from 0 to 15, minus a zero point (rows, 1) int8.
+
+    Four bytes are subtracted at once: with 128 added to each, none borrows from the next, and
+    taking it away again is flipping the bit that is the sign. Source: own.
+    """
+    if FAST:
+        centre = zeros + tl.zeros_like(packed)
+        if HIGH:
+            value = tl.inline_asm_elementwise(
+                "{.reg .b32 t; shr.u32 t, $1, 4;"
+                "lop3.b32 t, t, 0x0f0f0f0f, 0x80808080, 0xea;"
+                "sub.u32 t, t, $2; xor.b32 $0, t, 0x80808080;}",
+                "=r,r,r",
+                [packed, centre],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            value = tl.inline_asm_elementwise(
+                "{.reg .b32 t; lop3.b32 t, $1, 0x0f0f0f0f, 0x80808080, 0xea;"
+                "sub.u32 t, t, $2; xor.b32 $0, t, 0x80808080;}",
+                "=r,r,r",
+                [packed, centre],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+    elif HIGH:
+        value = ((packed >> 4) & 15) - zeros
+    else:
+        value = (packed & 15) - zeros
+    return value
+
+
+@triton.jit
+def float_halves(packed, HIGH: tl.constexpr, FAST: tl.constexpr):
+    """The low or high nibble of each byte, a sign and three bits, times 2^-9, as e4m3.
+
+    The three bits are a mantissa without an exponent: a subnormal of e4m3 has exactly the value
+    of its mantissa times 2^-9. Source: own.
+    """
+    if FAST:
+        if HIGH:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t; shr.u32 t, $1, 4; and.b32 t, t, 0x07070707;"
+                "lop3.b32 $0, $1, 0x80808080, t, 0xea;}",
+                "=r,r",
+                [packed],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{.reg .b32 t; shl.b32 t, $1, 4; and.b32 t, t, 0x80808080;"
+                "lop3.b32 $0, $1, 0x07070707, t, 0xea;}",
+                "=r,r",
+                [packed],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+    elif HIGH:
+        bits = (packed & -128) | ((packed >> 4) & 7)
+    else:
+        bits = ((packed << 4) & -128) | (packed & 7)
+    return bits.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def halves(
+    packed,
+    centre,
+    HIGH: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One half of a span, in whichever form the weights have."""
+    if not INTEGER:
+        value = float_halves(packed, HIGH, FAST)
+    elif HAS_ZEROS:
+        value = centred_halves(packed, centre, HIGH, FAST)
+    else:
+        value = signed_halves(packed, HIGH, FAST)
+    return value
+
+
+@triton.jit
+def w4a8_sums(
+    x_at,
+    weight_at,
     scales_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    M,
-    N,
-    steps,
-    stride_x,
-    stride_packed,
+    zeros_ptr,
+    rows,
+    known,
+    first,
+    last,
     stride_scales,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    HALF: tl.constexpr,
+    PIECE: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    INTEGER: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Give act(x @ dequantised.T * x_scales + bias) + residual, or fp32 parts of it.
+    """Give dequantised @ x, (BN, BM) fp32, over the spans from first to last.
 
-    Shapes: x (M, K) int8, x_scales (M,) fp32, packed (rows, K/2) int8 in halves of HALF, scales
-    (groups, rows) fp32; out (M, N), or (SPLIT_K, M, N) fp32. GROUP is 0 or 128,
-    HALF 64 or 128. Grid: (rows/BN, M/BM up, SPLIT_K).
+    Shapes: x_at (PIECE, BM) and weight_at (BN, PIECE), pointers of the first span, whose halves are
+    PIECE wide, 64 or 128; scales fp32 and zeros uint8 (groups, rows). GROUP is 0 or 128.
     """
     # Halves of a span that share a scale.
-    SHARE: tl.constexpr = 2 if GROUP == 0 or GROUP >= 2 * HALF else 1
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    part = tl.program_id(2)
-    lanes = tl.arange(0, HALF)
-    each = tl.cdiv(steps, SPLIT_K)
-    first = part * each
-    last = tl.minimum(first + each, steps)
-    packed_at = packed_ptr + rows[:, None].to(tl.int64) * stride_packed + lanes[None, :]
-    packed_at += first * HALF
-    x_at = x_ptr + tokens[None, :].to(tl.int64) * stride_x + lanes[:, None]
-    x_at += first * 2 * HALF
-    known = (tokens < M)[None, :]
-    total = tl.zeros((BN, BM), tl.int32)
+    SHARE: tl.constexpr = 2 if GROUP == 0 or GROUP >= 2 * PIECE else 1
+    TOTAL: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    # What unpacking made larger or smaller.
+    FACTOR: tl.constexpr = (1.0 if HAS_ZEROS else 0.0625) if INTEGER else 512.0
+    total = tl.zeros((BN, BM), TOTAL)
     acc = tl.zeros((BN, BM), tl.float32)
+    centre = tl.zeros((BN, 1), tl.int8)
+    if HAS_ZEROS and GROUP == 0:
+        centre = tl.load(zeros_ptr + rows).to(tl.int8)[:, None]
     for step in range(first, last):
-        packed = tl.load(packed_at)
-        low = tl.load(x_at, mask=known, other=0)
-        high = tl.load(x_at + HALF, mask=known, other=0)
+        packed = tl.load(weight_at)
+        low = tl.load(x_at, mask=known, other=0.0)
+        high = tl.load(x_at + PIECE, mask=known, other=0.0)
+        group = step if SHARE == 2 else 2 * step
         if GROUP != 0:
-            total = tl.zeros((BN, BM), tl.int32)
-        total = tl.dot(signed_halves(packed, False, FAST), low, total, out_dtype=tl.int32)
+            total = tl.zeros((BN, BM), TOTAL)
+            if HAS_ZEROS:
+                at = zeros_ptr + group * stride_scales + rows
+                centre = tl.load(at).to(tl.int8)[:, None]
+        w = halves(packed, centre, False, HAS_ZEROS, INTEGER, FAST)
+        total = tl.dot(w, low, total, out_dtype=TOTAL)
         if GROUP != 0 and SHARE == 1:
-            scale = tl.load(scales_ptr + 2 * step * stride_scales + rows)
-            acc += total.to(tl.float32) * scale[:, None]
-            total = tl.zeros((BN, BM), tl.int32)
-        total = tl.dot(signed_halves(packed, True, FAST), high, total, out_dtype=tl.int32)
-        if GROUP != 0:
-            group = step if SHARE == 2 else 2 * step + 1
             scale = tl.load(scales_ptr + group * stride_scales + rows)
             acc += total.to(tl.float32) * scale[:, None]
-        packed_at += HALF
-        x_at += 2 * HALF
+            total = tl.zeros((BN, BM), TOTAL)
+            group += 1
+            if HAS_ZEROS:
+                at = zeros_ptr + group * stride_scales + rows
+                centre = tl.load(at).to(tl.int8)[:, None]
+        w = halves(packed, centre, True, HAS_ZEROS, INTEGER, FAST)
+        total = tl.dot(w, high, total, out_dtype=TOTAL)
+        if GROUP != 0:
+            scale = tl.load(scales_ptr + group * stride_scales + rows)
+            acc += total.to(tl.float32) * scale[:, None]
+        weight_at += PIECE
+        x_at += 2 * PIECE
     if GROUP == 0:
         acc = total.to(tl.float32) * tl.load(scales_ptr + rows)[:, None]
-    # The weights were sixteenfold.
-    x_scale = tl.load(x_scales_ptr + tokens, mask=tokens < M, other=0.0) * 0.0625
-    acc *= x_scale[None, :]
-    finish(
-        acc,
-        rows,
-        tokens,
-        part,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        M,
-        N,
-        SPLIT_K,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        ACTIVATION,
-    )
+    return acc * FACTOR

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from torchlathe.kernels.aot.compiling import Architecture
 from torchlathe.kernels.aot.matrix import Case, Limits
+from torchlathe.kernels.blocks.cases import Format, product_case
 
-__all__ = ["cases"]
+__all__ = ["cases", "w8a16_format"]
 
 
-def _product() -> Any:
-    from torchlathe.kernels.w8a16.triton import w8a16
-
-    return w8a16
+def w8a16_format(dtype: str = "fp16") -> Format:
+    """W8A16 as the kernel knows it."""
+    return Format(1, "i16", dtype, dtype, dtype, 64, 2, 2, 128)
 
 
 def _case(
@@ -24,44 +23,23 @@ def _case(
     dtype: str = "fp16",
     group: int = 0,
     split: int = 1,
+    rank: int = 0,
     warps: int = 4,
     limit: float,
 ) -> Case:
-    names = ("x_ptr", "words_ptr", "scales_ptr", "bias_ptr", "residual_ptr", "out_ptr")
-    pointers = dict.fromkeys(names, f"*{dtype}") | {"words_ptr": "*i16"}
-    if split > 1:
-        pointers["out_ptr"] = "*fp32"
-
-    def constants(architecture: Architecture) -> Mapping[str, Any]:
-        return {
-            "BM": BM if architecture.is_nvidia else max(BM, 16),
-            "BN": BN,
-            "GROUP": group,
-            "SPLIT_K": split,
-            "HAS_BIAS": split == 1,
-            "HAS_RESIDUAL": False,
-            "ACTIVATION": 0,
-            "WIDE": False,
-            "FAST": architecture.is_nvidia,
-        }
-
-    strides = ("stride_x", "stride_words", "stride_scales")
     name = f"{dtype} g{group or 'K'} BM{BM} BN{BN} warps{warps} stages4"
-    return Case(
-        op="w8a16",
-        config=name + f" split{split}" * (split > 1),
-        kernel=_product,
-        signature=pointers | dict.fromkeys(("M", "N", "steps", *strides), "i32"),
-        constants=constants,
-        divisible=(*pointers, *strides),
-        step=(BN * 128, BN * 128 + BM * 256),
-        limits=Limits(
-            slots={"sm_90": limit},
-            mma={"sm_80": {"mma"}, "sm_90": {"mma"} if BM <= 8 else {"wgmma-registers"}},
-            conversions=0,
-        ),
-        num_warps=warps,
-        num_stages=4,
+    return product_case(
+        "w8a16",
+        name + f" split{split}" * (split > 1) + f" rank{rank}" * (rank > 0),
+        w8a16_format(dtype),
+        BM,
+        BN,
+        limit=limit,
+        group=group,
+        split=split,
+        rank=rank,
+        warps=warps,
+        conversions=0,
     )
 
 
@@ -98,6 +76,7 @@ def cases() -> Iterator[Case]:
     yield _case(8, 64, dtype="bf16", limit=3.2)
     yield _case(16, 128, dtype="bf16", limit=3.2)
     yield _case(16, 128, group=128, limit=3.2)
+    yield _case(16, 128, rank=64, limit=3.2)
     yield _case(32, 128, limit=3.5)
     yield _case(64, 128, warps=8, limit=4.8)
     yield _unpacking()

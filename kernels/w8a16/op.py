@@ -13,13 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlathe.ir.errors import OptionError
-from torchlathe.kernels.epilogue import activation_code, add_parts, finished, room_for
-from torchlathe.kernels.packing import SPAN, pack_hs8, pack_scales, unpack_hs8, widened
+from torchlathe.kernels.blocks import launching
+from torchlathe.kernels.blocks.launching import Packed, linear
+from torchlathe.kernels.epilogue import finished, rows_for
+from torchlathe.kernels.packing import SPAN, pack_hs8, pack_scales, unpack_hs8
 from torchlathe.kernels.registering import differentiate, register
-from torchlathe.kernels.tuning.table import tile_for
-from torchlathe.kernels.tuning.tiles import Problem, Tile
+from torchlathe.kernels.tuning.tiles import Tile
 
-__all__ = ["W8", "dequantised", "launch", "pack", "reference", "unpacked", "w8a16_linear"]
+__all__ = [
+    "W8",
+    "dequantised",
+    "launch",
+    "pack",
+    "packed_for_kernel",
+    "reference",
+    "unpacked",
+    "w8a16_linear",
+    "w8a16_low_rank_linear",
+]
 
 
 class W8(NamedTuple):
@@ -71,9 +82,10 @@ def reference(
 ) -> Tensor:
     """The meaning of the op: everything in fp32, or in float64 for float64 activations."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = dequantised(words, scales)[:out_features, : x.shape[-1]]
+    rows = rows_for(out_features, activation)
+    weight = dequantised(words, scales)[:rows, : x.shape[-1]]
     product = F.linear(x.to(wide), weight.to(wide))
-    return finished(product, bias, residual, activation).to(x.dtype)
+    return finished(product, bias, residual, activation, out_features).to(x.dtype)
 
 
 @register("w8a16_linear")
@@ -90,94 +102,85 @@ def w8a16_linear(
 
     Shapes: x (..., in) fp16 or bf16; bias (out,); residual and the result (..., out).
     """
-    rows = x.reshape(-1, x.shape[-1])
-    tile = None
-    if x.device.type != "cpu":
-        dtype = str(x.dtype).removeprefix("torch.")
-        group = 0 if scales.shape[0] == 1 else SPAN
-        problem = Problem("w8a16", dtype, rows.shape[0], out_features, x.shape[-1], group)
-        tile = tile_for(problem, x.device)
-    if tile is None:
-        if x.device.type == "cpu":
-            weight = dequantised(words, scales).to(x.dtype)
-        else:
-            weight = unpacked(W8(words, scales), x.dtype)
-        product = F.linear(x, weight[:out_features, : x.shape[-1]]).to(torch.float32)
-        return finished(product, bias, residual, activation).to(x.dtype)
-    out = launch(
-        rows,
-        W8(words, scales),
-        tile,
+    return linear(
+        x,
+        packed_for_kernel(W8(words, scales)),
+        _unpacked_product(W8(words, scales)),
         out_features=out_features,
+        dtype=x.dtype,
         bias=bias,
-        residual=None if residual is None else residual.reshape(-1, out_features),
+        residual=residual,
         activation=activation,
-        wrap=torch.library.wrap_triton,
     )
-    return out.view(*x.shape[:-1], out_features)
 
 
 def _weight_of(inputs: tuple[Any, ...]) -> Tensor:
-    words, scales, out_features = (*inputs[1:3], inputs[5])
+    words, scales, out_features = (*inputs[1:3], inputs[-2])
     return dequantised(words, scales)[:out_features]
 
 
 differentiate(w8a16_linear, _weight_of)
 
 
-def launch(
+@register("w8a16_low_rank_linear")
+def w8a16_low_rank_linear(
     x: Tensor,
-    weight: W8,
-    tile: Tile,
-    *,
+    words: Tensor,
+    scales: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     out_features: int,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
     activation: str = "none",
-    wide: bool = False,
-    fast: bool = True,
-    wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> Tensor:
-    """Run the kernel; the arguments are those of `torchlathe.kernels.w4a16.op.launch`.
+    """``activation(x @ w.T + x @ down.T @ up.T + bias) + residual``.
+
+    Shapes: as `w8a16_linear`; down (rank, in) and up (out padded to 128, rank) as
+    `torchlathe.kernels.blocks.launching.pad_rank` gives them, in the type of x.
+    """
+    return linear(
+        x,
+        packed_for_kernel(W8(words, scales)),
+        _unpacked_product(W8(words, scales)),
+        out_features=out_features,
+        dtype=x.dtype,
+        bias=bias,
+        residual=residual,
+        activation=activation,
+        low_rank=(F.linear(x, down), up),
+    )
+
+
+differentiate(w8a16_low_rank_linear, _weight_of)
+
+
+def packed_for_kernel(weight: W8) -> Packed:
+    """The weights as the one product kernel takes them."""
+    group = 0 if weight.scales.shape[-2] == 1 else SPAN
+    return Packed(
+        "w8a16", weight.words, weight.scales, None, 2 * weight.words.shape[-1], SPAN // 2, 2, group
+    )
+
+
+def _unpacked_product(weight: W8) -> Callable[[Tensor, int], Tensor]:
+    def product(x: Tensor, rows: int) -> Tensor:
+        if x.device.type == "cpu":
+            wide = dequantised(*weight).to(x.dtype)
+        else:
+            wide = unpacked(weight, x.dtype)
+        return F.linear(x, wide[:rows, : x.shape[1]])
+
+    return product
+
+
+def launch(x: Tensor, weight: W8, tile: Tile, **options: Any) -> Tensor:
+    """Run the kernel; the options are those of `torchlathe.kernels.blocks.launching.launch`.
 
     Returns:
         (tokens, out).
     """
-    from torchlathe.kernels.w8a16.triton import w8a16
-
-    rows, columns = weight.words.shape[0], 2 * weight.words.shape[1]
-    x = widened(x, columns)
-    tokens = x.shape[0]
-    out, parts = room_for(tokens, out_features, tile.split, x.dtype, x.device)
-    single = tile.split == 1
-    wrap(w8a16)[(rows // tile.BN, -(-tokens // tile.BM), tile.split)](
-        x,
-        weight.words,
-        weight.scales,
-        x if bias is None else bias,
-        x if residual is None else residual,
-        parts,
-        tokens,
-        out_features,
-        columns // SPAN,
-        x.stride(0),
-        weight.words.stride(0),
-        weight.scales.stride(0),
-        BM=tile.BM,
-        BN=tile.BN,
-        GROUP=0 if weight.scales.shape[0] == 1 else SPAN,
-        SPLIT_K=tile.split,
-        HAS_BIAS=bias is not None and single,
-        HAS_RESIDUAL=residual is not None and single,
-        ACTIVATION=activation_code(activation) if single else 0,
-        WIDE=wide,
-        FAST=fast and torch.version.hip is None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if not single:
-        add_parts(parts, out, bias, residual, activation, wrap)
-    return out
+    return launching.launch(x, packed_for_kernel(weight), tile, **{"dtype": x.dtype} | options)
 
 
 def unpacked(

@@ -1,4 +1,4 @@
-"""The W8A16 kernel: 8-bit weights become fp16 or bf16 in registers, exactly."""
+"""How W8A16 sums and unpacks: bytes become fp16 or bf16 in registers, exactly."""
 
 # mypy: ignore-errors
 # pyright: basic
@@ -8,9 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchlathe.kernels.blocks.triton import finish
-
-__all__ = ["unpack_w8", "w8a16"]
+__all__ = ["unpack_w8", "w8a16_sums"]
 
 
 @triton.jit
@@ -75,56 +73,34 @@ def bytes_of(words, HIGH: tl.constexpr, LIKE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def w8a16(
-    x_ptr,
-    words_ptr,
+def w8a16_sums(
+    x_at,
+    weight_at,
     scales_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    M,
-    N,
-    steps,
-    stride_x,
-    stride_words,
+    rows,
+    known,
+    first,
+    last,
     stride_scales,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PIECE: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr,
+    LIKE: tl.constexpr,
+    UNPACKED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Give act(x @ dequantised.T + bias) + residual, or fp32 parts of it.
+    """Give dequantised @ x, (BN, BM) fp32, over the spans from first to last.
 
-    Shapes: x (M, K) fp16 or bf16, words (rows, K/2) int16 in spans of 128, scales (groups, rows);
-    out (M, N), or (SPLIT_K, M, N) fp32. GROUP is 0 or 128. Grid: (rows/BN, M/BM up, SPLIT_K).
-    WIDE multiplies in fp32 (the interpreter has no bf16 arithmetic).
+    Shapes: x_at (PIECE, BM) and weight_at (BN, PIECE), pointers of the first span, whose halves are
+    PIECE wide; scales (groups, rows). GROUP is 0 for one scale per row, or a span.
     """
-    HALF: tl.constexpr = 64
-    LIKE: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
-    UNPACKED: tl.constexpr = x_ptr.dtype.element_ty if FAST else LIKE
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    part = tl.program_id(2)
-    lanes = tl.arange(0, HALF)
-    each = tl.cdiv(steps, SPLIT_K)
-    first = part * each
-    last = tl.minimum(first + each, steps)
-    words_at = words_ptr + rows[:, None].to(tl.int64) * stride_words + lanes[None, :]
-    words_at += first * HALF
-    x_at = x_ptr + tokens[None, :].to(tl.int64) * stride_x + lanes[:, None]
-    x_at += first * 2 * HALF
-    known = (tokens < M)[None, :]
     total = tl.zeros((BN, BM), tl.float32)
     acc = tl.zeros((BN, BM), tl.float32)
     for step in range(first, last):
-        words = tl.load(words_at)
+        words = tl.load(weight_at)
         low = tl.load(x_at, mask=known, other=0.0)
-        high = tl.load(x_at + HALF, mask=known, other=0.0)
+        high = tl.load(x_at + PIECE, mask=known, other=0.0)
         if GROUP != 0:
             total = tl.zeros((BN, BM), tl.float32)
         w = bytes_of(words, False, UNPACKED, FAST).to(LIKE)
@@ -134,25 +110,11 @@ def w8a16(
         if GROUP != 0:
             scale = tl.load(scales_ptr + step * stride_scales + rows).to(tl.float32)
             acc += total * scale[:, None]
-        words_at += HALF
-        x_at += 2 * HALF
+        weight_at += PIECE
+        x_at += 2 * PIECE
     if GROUP == 0:
         acc = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
-    finish(
-        acc,
-        rows,
-        tokens,
-        part,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        M,
-        N,
-        SPLIT_K,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        ACTIVATION,
-    )
+    return acc
 
 
 @triton.jit

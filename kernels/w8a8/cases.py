@@ -2,62 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from torchlathe.kernels.aot.compiling import Architecture
-from torchlathe.kernels.aot.matrix import Case, Limits
+from torchlathe.kernels.aot.matrix import Case
+from torchlathe.kernels.blocks.cases import Format, product_case
 
-__all__ = ["cases"]
+__all__ = ["PRODUCTS", "WHERE", "cases", "w8a8_format"]
 
-_BK = 128
+# fp8 does not exist on sm_80, and is another format on gfx942.
+WHERE = {"i8": ("sm_80", "sm_90", "gfx942"), "fp8e4nv": ("sm_90",)}
+# These need so few instructions that either place of the left operand will do.
+PRODUCTS = frozenset({"wgmma-shared", "wgmma-registers", "mma"})
 
 
-def _product() -> Any:
-    from torchlathe.kernels.w8a8.triton import w8a8
-
-    return w8a8
+def w8a8_format(kind: str = "i8") -> Format:
+    """W8A8 as the kernel knows it."""
+    return Format(2, kind, kind, "fp32", "bf16", 128, 1, 1, 128)
 
 
 def _case(
-    BM: int, BN: int, *, kind: str = "i8", split: int = 1, warps: int = 4, limit: float
+    BM: int,
+    BN: int,
+    *,
+    kind: str = "i8",
+    split: int = 1,
+    rank: int = 0,
+    activation: int = 0,
+    warps: int = 4,
+    limit: float,
 ) -> Case:
-    pointers = {"x_ptr": f"*{kind}", "weight_ptr": f"*{kind}", "out_ptr": "*bf16"}
-    pointers |= {"x_scales_ptr": "*fp32", "scales_ptr": "*fp32"}
-    pointers |= {"bias_ptr": "*bf16", "residual_ptr": "*bf16"}
-    if split > 1:
-        pointers["out_ptr"] = "*fp32"
-
-    def constants(architecture: Architecture) -> Mapping[str, Any]:
-        return {
-            "BM": BM if architecture.is_nvidia else max(BM, 16),
-            "BN": BN,
-            "BK": _BK,
-            "SPLIT_K": split,
-            "HAS_BIAS": split == 1,
-            "HAS_RESIDUAL": False,
-            "ACTIVATION": 0,
-            "INTEGER": kind == "i8",
-        }
-
-    integers = dict.fromkeys(("M", "N", "steps", "stride_x", "stride_weight"), "i32")
-    name = "int8" if kind == "i8" else "fp8"
-    return Case(
-        op="w8a8",
-        config=f"{name} BM{BM} BN{BN} warps{warps} stages4" + f" split{split}" * (split > 1),
-        kernel=_product,
-        signature=pointers | integers,
-        constants=constants,
-        divisible=(*pointers, "stride_x", "stride_weight"),
-        step=(BN * _BK, BN * _BK + BM * _BK),
-        limits=Limits(
-            slots={"sm_90": limit},
-            mma={"sm_80": {"mma"}, "sm_90": {"wgmma-shared", "wgmma-registers", "mma"}},
-        ),
-        # fp8 does not exist on sm_80, and is another format on gfx942.
-        architectures=("sm_80", "sm_90", "gfx942") if kind == "i8" else ("sm_90",),
-        num_warps=warps,
-        num_stages=4,
+    name = f"{'int8' if kind == 'i8' else 'fp8'} BM{BM} BN{BN} warps{warps} stages4"
+    name += f" split{split}" * (split > 1) + f" rank{rank}" * (rank > 0)
+    return product_case(
+        "w8a8",
+        name + " gated" * (activation >= 16),
+        w8a8_format(kind),
+        BM,
+        BN,
+        limit=limit,
+        split=split,
+        rank=rank,
+        activation=activation,
+        warps=warps,
+        hopper=PRODUCTS,
+        architectures=WHERE[kind],
     )
 
 
@@ -70,3 +58,6 @@ def cases() -> Iterator[Case]:
         yield _case(16, 128, kind=kind, limit=1.5)
         yield _case(16, 64, kind=kind, split=4, limit=2.0)
         yield _case(64, 128, kind=kind, warps=8, limit=2.0)
+    yield _case(16, 128, rank=64, limit=1.5)
+    yield _case(16, 128, activation=18, limit=1.5)
+    yield _case(16, 128, kind="fp8e4nv", activation=18, limit=1.5)

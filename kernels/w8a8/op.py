@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlathe.ir.errors import OptionError
-from torchlathe.kernels.epilogue import activation_code, add_parts, finished, room_for
+from torchlathe.kernels.blocks import launching
+from torchlathe.kernels.blocks.launching import Packed, linear
+from torchlathe.kernels.epilogue import finished, rows_for
 from torchlathe.kernels.packing import ROWS, SPAN, padded, widened
 from torchlathe.kernels.registering import register
-from torchlathe.kernels.tuning.table import tile_for
-from torchlathe.kernels.tuning.tiles import Problem, Tile
+from torchlathe.kernels.tuning.tiles import Tile
 
 __all__ = [
     "W8Rows",
@@ -26,8 +27,10 @@ __all__ = [
     "launch",
     "library_product",
     "pack",
+    "packed_for_kernel",
     "reference",
     "w8a8_linear",
+    "w8a8_low_rank_linear",
 ]
 
 _TYPES = (torch.int8, torch.float8_e4m3fn)
@@ -88,10 +91,11 @@ def reference(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The meaning of the op: everything in float64."""
-    wide = weight[:out_features, : x.shape[-1]].to(torch.float64)
-    product = F.linear(x.to(torch.float64), wide) * scales[:out_features].to(torch.float64)
+    rows = rows_for(out_features, activation)
+    wide = weight[:rows, : x.shape[-1]].to(torch.float64)
+    product = F.linear(x.to(torch.float64), wide) * scales[:rows].to(torch.float64)
     product = product * x_scales.to(torch.float64)[..., None]
-    return finished(product, bias, residual, activation).to(dtype)
+    return finished(product, bias, residual, activation, out_features).to(dtype)
 
 
 @register("w8a8_linear")
@@ -111,30 +115,61 @@ def w8a8_linear(
     Shapes: x (..., in) in the type of the weights; x_scales (...,) fp32; bias (out,); residual and
     the result (..., out).
     """
-    rows = x.reshape(-1, x.shape[-1])
-    tile = None
-    if x.device.type != "cpu":
-        op = "w8a8" if x.dtype == torch.int8 else "fp8"
-        kind = str(x.dtype).removeprefix("torch.")
-        problem = Problem(op, kind, rows.shape[0], out_features, x.shape[-1])
-        tile = tile_for(problem, x.device)
-    if tile is None:
-        product = library_product(rows, x_scales.reshape(-1, 1), weight, scales, out_features)
-        product = product.view(*x.shape[:-1], out_features)
-        return finished(product, bias, residual, activation).to(dtype)
-    out = launch(
-        rows,
-        x_scales.reshape(-1),
-        W8Rows(weight, scales),
-        tile,
+    return linear(
+        x,
+        packed_for_kernel(W8Rows(weight, scales)),
+        _library(x_scales, weight, scales),
         out_features=out_features,
         dtype=dtype,
+        x_scales=x_scales,
         bias=bias,
-        residual=None if residual is None else residual.reshape(-1, out_features),
+        residual=residual,
         activation=activation,
-        wrap=torch.library.wrap_triton,
     )
-    return out.view(*x.shape[:-1], out_features)
+
+
+@register("w8a8_low_rank_linear")
+def w8a8_low_rank_linear(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    narrow: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    """`w8a8_linear` with ``narrow @ up.T`` added to the product.
+
+    Shapes: as `w8a8_linear`; narrow (..., rank) fp16 or bf16, the product of ``down`` with the
+    activations before they were quantised, so that the term keeps what quantising loses; up
+    (out padded to 128, rank), as `torchlathe.kernels.blocks.launching.pad_rank` gives it.
+    Source: the branch in 16 bits beside quantised activations is SVDQuant's (arXiv 2411.05007).
+    """
+    return linear(
+        x,
+        packed_for_kernel(W8Rows(weight, scales)),
+        _library(x_scales, weight, scales),
+        out_features=out_features,
+        dtype=dtype,
+        x_scales=x_scales,
+        bias=bias,
+        residual=residual,
+        activation=activation,
+        low_rank=(narrow, up),
+    )
+
+
+def packed_for_kernel(weight: W8Rows) -> Packed:
+    """The weights as the one product kernel takes them."""
+    return Packed("w8a8", weight.weight, weight.scales, None, weight.weight.shape[-1], SPAN, 1, 0)
+
+
+def _library(x_scales: Tensor, weight: Tensor, scales: Tensor) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, rows: library_product(x, x_scales.reshape(-1, 1), weight, scales, rows)
 
 
 def library_product(
@@ -146,7 +181,7 @@ def library_product(
     """
     if x.dtype == torch.int8:
         product = integer_product(x, weight[:out_features, : x.shape[1]])
-        return product * scales[:out_features] * x_scales
+        return product.mul_(scales[:out_features]).mul_(x_scales)
     if x.device.type == "cpu":
         # The library's fp8 product is slower than this on every CPU that was measured.
         wide = weight[:out_features, : x.shape[1]].to(torch.float32)
@@ -163,54 +198,12 @@ def library_product(
 
 
 def launch(
-    x: Tensor,
-    x_scales: Tensor,
-    weight: W8Rows,
-    tile: Tile,
-    *,
-    out_features: int,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+    x: Tensor, x_scales: Tensor, weight: W8Rows, tile: Tile, *, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    """Run the kernel; the arguments are those of `torchlathe.kernels.w4a16.op.launch`.
+    """Run the kernel; the options are those of `torchlathe.kernels.blocks.launching.launch`.
 
     Returns:
         (tokens, out).
     """
-    from torchlathe.kernels.w8a8.triton import w8a8
-
-    rows, columns = weight.weight.shape
-    x = widened(x, columns)
-    tokens = x.shape[0]
-    out, parts = room_for(tokens, out_features, tile.split, dtype, x.device)
-    single = tile.split == 1
-    wrap(w8a8)[(rows // tile.BN, -(-tokens // tile.BM), tile.split)](
-        x,
-        x_scales,
-        weight.weight,
-        weight.scales,
-        x_scales if bias is None else bias,
-        x_scales if residual is None else residual,
-        parts,
-        tokens,
-        out_features,
-        columns // SPAN,
-        x.stride(0),
-        weight.weight.stride(0),
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=SPAN,
-        SPLIT_K=tile.split,
-        HAS_BIAS=bias is not None and single,
-        HAS_RESIDUAL=residual is not None and single,
-        ACTIVATION=activation_code(activation) if single else 0,
-        INTEGER=x.dtype == torch.int8,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if not single:
-        add_parts(parts, out, bias, residual, activation, wrap)
-    return out
+    packed = packed_for_kernel(weight)
+    return launching.launch(x, packed, tile, dtype=dtype, x_scales=x_scales, **options)

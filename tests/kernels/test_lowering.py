@@ -7,15 +7,18 @@ import sys
 import pytest
 import torch
 
-from tests.kernels.making import relative, w4, w4_signed, w8, w8_rows
+from tests.kernels.making import blocks, relative, w4, w4_centred, w4_signed, w8, w8_rows
+from torchlathe.kernels.low_rank import op as low_rank
 from torchlathe.kernels.norm_quantise import op as norm  # noqa: F401
 from torchlathe.kernels.w4a16 import op as w4a16
+from torchlathe.kernels.w8a8_experts import op as w8a8_experts
+from torchlathe.kernels.w8a16_experts import op as w8a16_experts
 
 BRAIN = torch.bfloat16
 
 
 class Model(torch.nn.Module):
-    """A chain of every op."""
+    """A chain of the plain ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,21 +53,74 @@ class Model(torch.nn.Module):
         return ops.w4a16_low_rank_linear(z, *last, None, *factors, None, y, 200, 128)
 
 
-def exported() -> torch.export.ExportedProgram:
-    dynamic = ({0: torch.export.Dim("m")},)
+class Further(torch.nn.Module):
+    """A chain of the ops with gates, low-rank terms, experts and blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._keep("gate", w4(192, 200, 64, True, BRAIN))
+        self._keep("eight", w8(200, 96, 128, BRAIN))
+        self._keep("rows", w8_rows(96, 200))
+        self._keep("signed", w4_centred(200, 96, 128))
+        self._keep("down", (torch.randn(16, 96).to(BRAIN) / 20, torch.randn(16, 200).to(BRAIN)))
+        self._keep("up", (torch.randn(256, 16).to(BRAIN) / 20, torch.randn(128, 16).to(BRAIN)))
+        self._keep("blocks", blocks(200, 200, 64, BRAIN))
+        factors = torch.randn(9, 200).to(BRAIN) / 20, torch.randn(200, 9).to(BRAIN) / 20
+        self._keep("factors", low_rank.pack(*factors))
+        values = torch.randint(-127, 128, (3, 200, 200), dtype=torch.int8)
+        scales = torch.rand(3, 1, 200).to(BRAIN) * 1e-3
+        self._keep("experts", w8a16_experts.pack_experts(values, scales))
+        self._keep("rows_of_experts", w8a8_experts.pack_experts(values, scales[:, 0]))
+        self.weight = torch.nn.Parameter(torch.rand(200))
+
+    def _keep(self, name: str, tensors) -> None:
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"{name}_{i}", tensor)
+
+    def _kept(self, name: str, count: int):
+        return [getattr(self, f"{name}_{i}") for i in range(count)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.torchlathe
+        y = ops.w4a16_linear(x, *self._kept("gate", 3), None, None, 96, 64, "swiglu")
+        down, up = self._kept("down", 2), self._kept("up", 2)
+        y = ops.w8a16_low_rank_linear(y, *self._kept("eight", 2), down[0], up[0], None, x, 200)
+        numbers, scales = ops.norm_quantise(y, self.weight, None, 1e-6, False, torch.int8)
+        narrow = torch.nn.functional.linear(y, down[1])
+        z = ops.w8a8_low_rank_linear(
+            numbers, scales, *self._kept("rows", 2), narrow, up[1], None, None, 96, BRAIN
+        )
+        numbers, scales = ops.norm_quantise(z, self.weight[:96], None, 1e-6, False, torch.int8)
+        *signed, zeros = self._kept("signed", 3)
+        z = ops.w4a8_low_rank_linear(
+            numbers, scales, *signed, narrow, up[0], None, None, 200, BRAIN, "none", zeros
+        )
+        z = ops.block_sparse_linear(z, *self._kept("blocks", 3), None, y, 200, "relu")
+        z = ops.low_rank_linear(z, *self._kept("factors", 2), None, z, 200)
+        # The first token goes to the first expert, the last to the second, the rest to the third.
+        bounds = torch.ops.aten.scalar_tensor(x.shape[0] - 1, dtype=torch.int32)
+        offsets = torch.stack((torch.zeros_like(bounds), torch.ones_like(bounds), bounds))
+        offsets = torch.cat((offsets, bounds[None] + 1))
+        z = ops.w8a16_experts_linear(z, None, offsets, *self._kept("experts", 2), None, 200)
+        numbers, scales = ops.norm_quantise(z, self.weight, None, 1e-6, False, torch.int8)
+        experts = self._kept("rows_of_experts", 2)
+        return ops.w8a8_experts_linear(
+            numbers, scales, None, offsets, *experts, None, 200, BRAIN, "silu"
+        )
+
+
+CHAINS = {"first": Model, "further": Further}
+
+
+def exported(chain: str = "first") -> torch.export.ExportedProgram:
+    dynamic = ({0: torch.export.Dim("m", min=3)},)
     return torch.export.export(
-        Model().eval(), (torch.randn(5, 200).to(BRAIN),), dynamic_shapes=dynamic
+        CHAINS[chain]().eval(), (torch.randn(5, 200).to(BRAIN),), dynamic_shapes=dynamic
     )
 
 
-def test_export_keeps_one_node_per_op(tmp_path) -> None:
-    program = exported()
-    called = [
-        str(node.target)
-        for node in program.graph.nodes
-        if node.op == "call_function" and "torchlathe" in str(node.target)
-    ]
-    assert [name.split(".")[1] for name in called] == [
+ORDER = {
+    "first": [
         "w4a16_linear",
         "w8a16_linear",
         "norm_quantise",
@@ -72,7 +128,32 @@ def test_export_keeps_one_node_per_op(tmp_path) -> None:
         "add_norm_quantise",
         "w4a8_linear",
         "w4a16_low_rank_linear",
+    ],
+    "further": [
+        "w4a16_linear",
+        "w8a16_low_rank_linear",
+        "norm_quantise",
+        "w8a8_low_rank_linear",
+        "norm_quantise",
+        "w4a8_low_rank_linear",
+        "block_sparse_linear",
+        "low_rank_linear",
+        "w8a16_experts_linear",
+        "norm_quantise",
+        "w8a8_experts_linear",
+    ],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_export_keeps_one_node_per_op(tmp_path, chain: str) -> None:
+    program = exported(chain)
+    called = [
+        str(node.target)
+        for node in program.graph.nodes
+        if node.op == "call_function" and "torchlathe" in str(node.target)
     ]
+    assert [name.split(".")[1] for name in called] == ORDER[chain]
     torch.export.save(program, tmp_path / "model.pt2")
     x = torch.randn(9, 200).to(BRAIN)
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), program.module()(x))
@@ -84,8 +165,9 @@ TOLERANCE = 0.02
 
 
 @pytest.mark.cxx
-def test_inductor() -> None:
-    model = exported().module()
+@pytest.mark.parametrize("chain", ["first", pytest.param("further", marks=pytest.mark.slow)])
+def test_inductor(chain: str) -> None:
+    model = exported(chain).module()
     x = torch.randn(5, 200).to(BRAIN)
     with torch.no_grad():
         assert relative(torch.compile(model)(x), model(x)) < TOLERANCE
@@ -93,9 +175,10 @@ def test_inductor() -> None:
 
 @pytest.mark.cxx
 @pytest.mark.slow
-def test_aot_inductor_needs_none_of_it(tmp_path) -> None:
+@pytest.mark.parametrize("chain", CHAINS)
+def test_aot_inductor_needs_none_of_it(tmp_path, chain: str) -> None:
     """A package runs in a process that never heard of the ops."""
-    program = exported()
+    program = exported(chain)
     path = str(tmp_path / "model.pt2")
     torch._inductor.aoti_compile_and_package(program, package_path=path)
     x = torch.randn(9, 200).to(BRAIN)

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ from torchlathe.kernels.aot.finding import PINNED
 from torchlathe.kernels.aot.matrix import all_cases
 from torchlathe.kernels.tuning.table import TileTable
 from torchlathe.kernels.tuning.tiles import BUCKETS
+from torchlathe.kernels.w4a16 import op as w4a16
 from torchlathe.tools.cli import main
 from torchlathe.tools.kernels import gpu_check, page, tuning
 from torchlathe.tools.kernels.benching import Ceilings, Measurement, bench
+from torchlathe.tools.kernels.further import FURTHER
 from torchlathe.tools.kernels.layers import LAYERS, copies_for, make_layer
+from torchlathe.tools.kernels.rivals import gemlite_layer
 from torchlathe.tools.kernels.timing import Samples, require_gpu, time_in_turn
-from torchlathe.tools.kernels.verdict import bars_for, findings
+from torchlathe.tools.kernels.verdict import Bar, bars_for, findings
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -113,6 +118,59 @@ def test_bars() -> None:
     assert "WRONG RESULT" in str(found[4])
 
 
+def test_a_rival_is_timed_where_its_result_is_right(monkeypatch, caplog) -> None:
+    layer = make_layer("w4a16", 3, 64, 128, CPU)
+    assert layer.rivals == {}  # GemLite is timed on a GPU alone
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    rivals = {
+        "gemlite": layer.ours,
+        "wrong": replace(layer.ours, calls=(lambda: 1.1 * layer.ours.calls[0](),) * 2),
+        "failing": replace(layer.ours, calls=(fails,) * 2),
+    }
+    monkeypatch.setitem(LAYERS, "w4a16", lambda *_: replace(layer, rivals=rivals))
+    row = next(bench(CPU, FalseClock(), ops=["w4a16"], shapes=[(64, 128)], tokens=[3], rounds=2))
+    assert set(row.seconds) == {"ours", "library", "fp16", "bf16", "gemlite"}
+    assert "wrong has an error of 0.1" in caplog.text
+    assert "failing fails" in caplog.text
+    assert Bar("gemlite", 1.5) in list(bars_for(row))
+
+
+def test_gemlites_layer(monkeypatch, caplog) -> None:
+    """Its layout is one scale and zero point for each group of each row, row by row."""
+
+    class Layer:
+        def __init__(self, bits, **options) -> None:
+            self.bits, self.options = bits, options
+
+        def pack(self, values, scales, zeros, bias) -> None:
+            groups = self.options["in_features"] // self.options["group_size"]
+            rows = values.view(len(values), groups, -1).float()
+            each = [of.view(len(values), groups, 1).float() for of in (scales, zeros)]
+            self.weight = ((rows - each[1]) * each[0]).flatten(1)
+
+        def __call__(self, x):
+            return (x.float() @ self.weight.T).half()
+
+    core = types.ModuleType("gemlite.core")
+    core.DType = types.SimpleNamespace(FP16="fp16")
+    core.GemLiteLinear = Layer
+    monkeypatch.setitem(sys.modules, "gemlite", types.ModuleType("gemlite"))
+    monkeypatch.setitem(sys.modules, "gemlite.core", core)
+    values = torch.randint(0, 16, (24, 256), dtype=torch.uint8)
+    scales, x = torch.rand(2, 24).half(), torch.randn(3, 256).half()
+    call = gemlite_layer(values, scales, 128)
+    assert call is not None
+    ours = w4a16.pack(values, scales, None, 128)
+    wanted = w4a16.reference(x, *ours, out_features=24, group=128)
+    assert (call(x) - wanted).norm() < 1e-3 * wanted.norm()
+    core.GemLiteLinear = None
+    assert gemlite_layer(values, scales, 128) is None
+    assert "GemLite is left out: TypeError" in caplog.text
+
+
 def test_tuning_keeps_the_fastest_and_drops_what_fails(tmp_path, monkeypatch, caplog) -> None:
     table = TileTable("false", "3.6.0", tmp_path)
     tried = []
@@ -141,12 +199,14 @@ def test_tuning_keeps_the_fastest_and_drops_what_fails(tmp_path, monkeypatch, ca
 
 def test_the_whole_check_on_a_cpu(tmp_path, capsys) -> None:
     table = TileTable("false", "3.6.0", tmp_path)
-    options = {"shapes": [(64, 128)], "tokens": [1], "scale": 32}
+    options = {"shapes": [(64, 128)], "tokens": [1], "scale": 64, "edges": [(3, 40, 128)]}
     result = gpu_check.check(CPU, FalseClock(), table, 132, seconds=120.0, **options)
     assert all(row["correct"] for row in result["correctness"])
     assert result["tuned"] == len(BUCKETS) * len(LAYERS)
     assert len(result["measurements"]) == len(LAYERS)
-    assert any("w4a16_experts" in line for line in result["verdict"])
+    assert {row["op"] for row in result["correctness"]} == {*LAYERS, *FURTHER}
+    for part in ("w4a16 experts", "w8a16 experts", "w8a8 gated", "block_sparse 128", "low_rank 64"):
+        assert any(part in line for line in result["verdict"])
     assert any("copy bandwidth" in line for line in result["verdict"])
     assert not result["good"]  # nothing is faster than anything by this clock
     assert any("MISSED" in line for line in result["missed"])

@@ -29,9 +29,11 @@ _BENCH = """\
 examples:
   torchlathe kernels bench -o results.json
   torchlathe kernels bench --op w4a16 --shape 14336x4096 --tokens 1,16,64
+  torchlathe kernels bench -o results.json --plots docs
 
 Weights go around through more copies than the cache holds, all of them in one CUDA graph; cuBLAS
-in fp16 and bf16 and the library's way take turns with the op. Errors are measured first.
+in fp16 and bf16, the library's way, and GemLite where it is installed, take turns with the op.
+Errors are measured first.
 """
 
 
@@ -66,6 +68,9 @@ def add_bench(actions: Any, common: Parser) -> None:
     parser.add_argument("--rounds", type=int, default=40, help="measurements of each (40)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON to a file too")
+    parser.add_argument(
+        "--plots", metavar="FOLDER", help="draw latency against tokens and the roofline there"
+    )
     parser.set_defaults(run=run_bench, parser=parser)
 
 
@@ -142,11 +147,18 @@ def run_bench(parsed: argparse.Namespace) -> int:
     import torch
 
     name = torch.cuda.get_device_name(device)
-    result = {"machine": machine(), "device": name, "rows": [row.as_dict() for row in rows]}
+    result: dict[str, Any] = {"machine": machine(), "device": name}
+    result["rows"] = [row.as_dict() for row in rows]
     if parsed.output:
         from torchlathe.ir.files import write_text
 
         write_text(parsed.output, json.dumps(result, indent=1) + "\n")
+    if parsed.plots:
+        from pathlib import Path
+
+        from torchlathe.tools.kernels.plots import draw
+
+        draw(result["rows"], Path(parsed.plots))
     if parsed.json:
         print(json.dumps(result, indent=1))
     else:
@@ -159,7 +171,8 @@ def print_rows(rows: list[Measurement]) -> None:
     from torchlathe.tools.cli.console import output
     from torchlathe.tools.report_text import new_table
 
-    rivals = ("fp16", "bf16", "library")
+    rivals = ["fp16", "bf16", "library"]
+    rivals += ["gemlite"] if any("gemlite" in row.seconds for row in rows) else []
     table = new_table(
         "*op", ">M", ">N", ">K", ">us", *(f">x {name}" for name in rivals), ">% floor", ">error"
     )
@@ -169,7 +182,7 @@ def print_rows(rows: list[Measurement]) -> None:
             row.op,
             *(str(extent) for extent in (row.m, row.n, row.k)),
             f"{ours * 1e6:.1f}",
-            *(f"{row.ratio(name):.2f}" for name in rivals),
+            *(f"{row.ratio(name):.2f}" if name in row.seconds else "-" for name in rivals),
             f"{100 * row.floor / ours:.0f}",
             f"{row.error:.1e}" + ("" if row.correct else " WRONG"),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 
 from torchlathe.kernels.tuning.table import tile_for
-from torchlathe.tools.kernels.layers import LAYERS, Layer, dense, make_layer
+from torchlathe.tools.kernels.layers import LAYERS, Contest, Layer, dense, make_layer
 from torchlathe.tools.kernels.timing import Clock, Samples, time_in_turn
 
 __all__ = ["SHAPES", "TOKENS", "Ceilings", "Measurement", "bench", "error_of", "measure_ceilings"]
+
+log = logging.getLogger("torchlathe")
 
 # (output, input) features: a square layer that fits the L2 cache, one that does not, an MLP's.
 SHAPES = ((4096, 4096), (8192, 8192), (14336, 4096))
@@ -21,6 +24,8 @@ TOKENS = (1, 8, 16, 32, 64, 256)
 
 # Largest relative errors against float64; the sums are fp32, the results fp16 or bf16.
 TOLERANCES = {"w4a16": 1e-3, "w8a16": 1e-3, "w8a8": 4e-3, "fp8": 4e-3, "w4a8": 4e-3}
+# Others may sum in fp16.
+_RIVAL_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,12 @@ class Measurement:
         group: Weights that share a scale.
         error: Relative to float64.
         correct: Whether that is within the tolerance.
-        seconds: Samples by contestant: ``ours``, ``library``, ``fp16`` and ``bf16``.
+        seconds: Samples by contestant: ``ours``, ``library``, ``fp16``, ``bf16``, and ``gemlite``
+            where it is installed.
         floor: Seconds that the ceilings allow.
         tile: The tile that was used; None for the library's product.
+        moved: Bytes that one call reads and writes.
+        ceilings: Of the machine, in the same process.
     """
 
     op: str
@@ -68,6 +76,8 @@ class Measurement:
     seconds: dict[str, Samples]
     floor: float
     tile: dict[str, int] | None
+    moved: float = 0.0
+    ceilings: Ceilings | None = None
 
     def ratio(self, other: str) -> float:
         """How many times faster ours is than another contestant."""
@@ -144,6 +154,23 @@ def bench(
                 yield found
 
 
+def _right(layer: Layer) -> dict[str, Contest]:
+    """The rivals whose result is that of the layer: what computes something else is no rival."""
+    found = {}
+    for name, contest in layer.rivals.items():
+        try:
+            wanted, other = layer.wanted(), contest.calls[0]().to(torch.float64)
+            error = float((other - wanted).norm() / wanted.norm().clamp_min(1e-30))
+        except Exception as failure:
+            log.warning("%s fails on %s: %s", name, layer.problem.key, failure)
+            continue
+        if error <= _RIVAL_TOLERANCE:
+            found[name] = contest
+        else:
+            log.warning("%s has an error of %.3g on %s", name, error, layer.problem.key)
+    return found
+
+
 def _measure(
     layer: Layer,
     rivals: dict[str, Any],
@@ -155,6 +182,7 @@ def _measure(
     problem = layer.problem
     error = error_of(layer)
     calls = {"ours": layer.ours.calls, "library": layer.library.calls, **rivals}
+    calls |= {name: contest.calls for name, contest in _right(layer).items()}
     moved = layer.ours.size + problem.m * (problem.k * (1 if layer.integer else 2) + 2 * problem.n)
     tile = None if device.type == "cpu" else tile_for(problem, device)
     return Measurement(
@@ -168,4 +196,6 @@ def _measure(
         time_in_turn(calls, clock, rounds),
         ceilings.floor(moved, 2.0 * problem.m * problem.n * problem.k, layer.integer),
         None if tile is None else asdict(tile),
+        moved,
+        ceilings,
     )

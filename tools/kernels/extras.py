@@ -1,24 +1,35 @@
-"""Measurements of what is not a plain layer: norms, low-rank residuals, experts."""
+"""Measurements of what is not a plain layer: norms, gates, low rank, experts, blocks."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from torchlathe.kernels.block_sparse import op as block_sparse
+from torchlathe.kernels.blocks.launching import pad_rank
+from torchlathe.kernels.epilogue import interleave, rows_for
+from torchlathe.kernels.low_rank import op as low_rank
 from torchlathe.kernels.norm_quantise import op as norm
 from torchlathe.kernels.w4a16 import op as w4a16
-from torchlathe.kernels.w4a16_experts import op as experts
+from torchlathe.kernels.w4a16_experts import op as w4a16_experts
+from torchlathe.kernels.w8a8 import op as w8a8
+from torchlathe.kernels.w8a16_experts import op as w8a16_experts
 from torchlathe.tools.kernels.benching import Ceilings
+from torchlathe.tools.kernels.further import block_mask, routing
 from torchlathe.tools.kernels.layers import copies_for
 from torchlathe.tools.kernels.timing import Clock, time_in_turn
 
 __all__ = ["Extra", "measure_extras"]
 
 _EPS = 1e-6
+HALF, BRAIN = torch.float16, torch.bfloat16
+Calls = list[Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,12 @@ class Extra:
 
 
 def measure_extras(
-    device: torch.device, clock: Clock, ceilings: Ceilings, *, scale: int = 1
+    device: torch.device,
+    clock: Clock,
+    ceilings: Ceilings,
+    *,
+    scale: int = 1,
+    deadline: float | None = None,
 ) -> Iterator[Extra]:
     """Measure all of it.
 
@@ -60,16 +76,44 @@ def measure_extras(
         clock: Takes the time.
         ceilings: Of the machine.
         scale: What sizes are divided by, to try this on a CPU.
+        deadline: By `time.monotonic`; what is not begun by then is left out.
     """
+    for measure in _measures(device, clock, ceilings, scale):
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        yield from measure()
+
+
+def _measures(
+    device: torch.device, clock: Clock, ceilings: Ceilings, scale: int
+) -> Iterator[Callable[[], Iterator[Extra]]]:
+    n, k = 14336 // scale, 4096 // scale
     for width in (4096, 8192):
-        yield _norm(device, clock, ceilings, max(8, 8192 // scale), width // scale)
+        rows = max(8, 8192 // scale)
+        yield partial(_norm, device, clock, ceilings, rows, width // scale)
     for m in (1, 16):
-        yield _low_rank(device, clock, m, 14336 // scale, 4096 // scale)
-    yield _experts(device, clock, 16, 2048 // scale, 4096 // scale)
+        yield partial(_low_rank_term, device, clock, m, n, k)
+        yield partial(_gated, device, clock, m, n, k)
+        yield partial(_low_rank, device, clock, m, k, k, max(1, 512 // scale))
+    yield partial(_experts, device, clock, 16, 2048 // scale, 4096 // scale)
+    for m in (16, max(16, 4096 // scale)):
+        yield partial(_block_sparse, device, clock, m, n, k)
 
 
-def _norm(device: torch.device, clock: Clock, ceilings: Ceilings, tokens: int, width: int) -> Extra:
-    calls: list[Callable[[], Tensor]] = []
+def _against(
+    name: str, clock: Clock, calls: dict[str, Calls], least: dict[str, float]
+) -> Iterator[Extra]:
+    """Time ``ours`` and the others in turn, and hold ours to a bar for each of them."""
+    found = time_in_turn(calls, clock)
+    ours = found["ours"].median
+    for other, bar in least.items():
+        yield Extra(name, ours, found[other].median / ours, f"{other}'s speed", bar)
+
+
+def _norm(
+    device: torch.device, clock: Clock, ceilings: Ceilings, tokens: int, width: int
+) -> Iterator[Extra]:
+    calls: Calls = []
     size = 7 * tokens * width  # two inputs and a sum of 2 bytes, and numbers of 1
     weight = torch.rand(width, device=device).bfloat16()
     for _ in range(copies_for(size)):
@@ -78,57 +122,133 @@ def _norm(device: torch.device, clock: Clock, ceilings: Ceilings, tokens: int, w
     seconds = time_in_turn({"ours": calls}, clock)["ours"].median
     share = size / seconds / ceilings.bytes_per_second
     name = f"add_norm_quantise {tokens}x{width}"
-    return Extra(name, seconds, share, "copy bandwidth", 0.8)
+    yield Extra(name, seconds, share, "copy bandwidth", 0.8)
 
 
 def _numbers(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     return norm.add_norm_quantise(x, residual, weight, None, _EPS, False, torch.int8)[0]
 
 
-def _low_rank(device: torch.device, clock: Clock, m: int, n: int, k: int, rank: int = 64) -> Extra:
-    plain: list[Callable[[], Tensor]] = []
-    with_rank: list[Callable[[], Tensor]] = []
+def _four(n: int, k: int, device: torch.device) -> w4a16.W4:
+    values = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
+    scales = torch.rand(-(-k // 128), n, device=device).half() * 0.02 + 0.01
+    return w4a16.pack(values, scales, None, 128)
+
+
+def _low_rank_term(
+    device: torch.device, clock: Clock, m: int, n: int, k: int, rank: int = 64
+) -> Iterator[Extra]:
+    calls: dict[str, Calls] = {"w4a16": [], "ours": [], "w4a16 and two layers": []}
     for _ in range(copies_for(n * k // 2)):
-        values = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
-        scales = torch.rand(-(-k // 128), n, device=device).half() * 0.02 + 0.01
-        weight = w4a16.pack(values, scales, None, 128)
+        weight, x = _four(n, k, device), torch.randn(m, k, device=device).half()
+        down = torch.randn(rank, k, device=device).half() / 64
+        tall = torch.randn(n, rank, device=device).half() / 8
+        wide, up = pad_rank(down, tall)
+        plain = partial(w4a16.w4a16_linear, x, *weight, None, None, n, 128)
+        calls["w4a16"].append(plain)
+        calls["w4a16 and two layers"].append(partial(_and_two_layers, plain, x, down, tall))
+        calls["ours"].append(
+            partial(w4a16.w4a16_low_rank_linear, x, *weight, wide, up, None, None, n, 128)
+        )
+    name = f"w4a16_low_rank {n}x{k} rank {rank} M={m}"
+    least = {"w4a16": round(1 / 1.15, 2), "w4a16 and two layers": 1.3}
+    yield from _against(name, clock, calls, least)
+
+
+def _and_two_layers(plain: Callable[[], Tensor], x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return plain() + F.linear(F.linear(x, down), up)
+
+
+def _multiplied(one: Callable[[], Tensor], two: Callable[[], Tensor]) -> Tensor:
+    return one() * two()
+
+
+def _gated(device: torch.device, clock: Clock, m: int, n: int, k: int) -> Iterator[Extra]:
+    """A gate, what it gates, and their product, against two layers of the same type."""
+    four: dict[str, Calls] = {"ours": [], "unfused": []}
+    eight: dict[str, Calls] = {"ours": [], "unfused": []}
+    rows = rows_for(n, "swiglu")
+    for _ in range(copies_for(n * k)):
+        x = torch.randn(m, k, device=device).half()
+        both, gate, up = _four(rows, k, device), _four(n, k, device), _four(n, k, device)
+        four["ours"].append(partial(w4a16.w4a16_linear, x, *both, None, None, n, 128, "swiglu"))
+        one = partial(w4a16.w4a16_linear, x, *gate, None, None, n, 128, "silu")
+        two = partial(w4a16.w4a16_linear, x, *up, None, None, n, 128)
+        four["unfused"].append(partial(_multiplied, one, two))
+    for _ in range(copies_for(2 * n * k)):
+        values = torch.randint(-127, 128, (2, n, k), dtype=torch.int8, device=device)
+        scales = torch.rand(2, n, device=device) * 1e-3
+        numbers = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
+        of = torch.rand(m, device=device) * 1e-2
+        rows_of = w8a8.pack(interleave(*values), interleave(*scales))
+        eight["ours"].append(
+            partial(w8a8.w8a8_linear, numbers, of, *rows_of, None, None, n, BRAIN, "swiglu")
+        )
+        pair = [w8a8.pack(v, s) for v, s in zip(values, scales, strict=True)]
+        call = partial(w8a8.w8a8_linear, numbers, of)
+        one = partial(call, *pair[0], None, None, n, BRAIN, "silu")
+        two = partial(call, *pair[1], None, None, n, BRAIN)
+        eight["unfused"].append(partial(_multiplied, one, two))
+    yield from _against(f"w4a16 gated {n}x{k} M={m}", clock, four, {"unfused": 1.05})
+    yield from _against(f"w8a8 gated {n}x{k} M={m}", clock, eight, {"unfused": 1.05})
+
+
+def _low_rank(
+    device: torch.device, clock: Clock, m: int, n: int, k: int, rank: int
+) -> Iterator[Extra]:
+    calls: dict[str, Calls] = {"ours": [], "dense fp16": []}
+    for _ in range(copies_for(2 * rank * (n + k))):
         x = torch.randn(m, k, device=device).half()
         down = torch.randn(rank, k, device=device).half() / 64
-        down, up = w4a16.pad_rank(down, torch.randn(n, rank, device=device).half() / 8)
-        plain.append(partial(w4a16.w4a16_linear, x, *weight, None, None, n, 128))
-        with_rank.append(
-            partial(w4a16.w4a16_low_rank_linear, x, *weight, down, up, None, None, n, 128)
-        )
-    found = time_in_turn({"plain": plain, "ours": with_rank}, clock)
-    ratio = found["plain"].median / found["ours"].median
-    name = f"w4a16_low_rank {n}x{k} rank {rank} M={m}"
-    return Extra(name, found["ours"].median, ratio, "w4a16's speed", round(1 / 1.15, 2))
+        factors = low_rank.pack(down, torch.randn(n, rank, device=device).half() / 8)
+        calls["ours"].append(partial(low_rank.low_rank_linear, x, *factors, None, None, n))
+    for _ in range(copies_for(2 * n * k)):
+        x = torch.randn(m, k, device=device).half()
+        calls["dense fp16"].append(partial(F.linear, x, torch.randn(n, k, device=device).half()))
+    least = round(0.8 * n * k / ((n + k) * rank), 2)
+    name = f"low_rank {n}x{k} rank {rank} M={m}"
+    yield from _against(name, clock, calls, {"dense fp16": least})
 
 
-def _experts(device: torch.device, clock: Clock, tokens: int, n: int, k: int) -> Extra:
+def _block_sparse(device: torch.device, clock: Clock, m: int, n: int, k: int) -> Iterator[Extra]:
+    """A fifth of the blocks, against the dense product and torch's own format."""
+    for size in block_sparse.BLOCKS:
+        calls: dict[str, Calls] = {"ours": [], "dense fp16": [], "torch's BSR": []}
+        for _ in range(copies_for(n * k * 2 // 5)):
+            dense = torch.randn(n, k, device=device) * block_mask(n, k, size, 0.2, device)
+            weight, x = dense.half(), torch.randn(m, k, device=device).half()
+            blocks = block_sparse.pack(weight, size)
+            calls["ours"].append(
+                partial(block_sparse.block_sparse_linear, x, *blocks, None, None, n)
+            )
+            calls["dense fp16"].append(partial(F.linear, x, weight))
+            if device.type == "cuda" and n % size == k % size == 0:
+                calls["torch's BSR"].append(partial(F.linear, x, weight.to_sparse_bsr(size)))
+        least = {"dense fp16": 3.0 if m <= 64 else 2.5}
+        if calls["torch's BSR"]:
+            least["torch's BSR"] = 1.2
+        else:
+            del calls["torch's BSR"]
+        yield from _against(f"block_sparse {size} {n}x{k} M={m}", clock, calls, least)
+
+
+def _experts(device: torch.device, clock: Clock, tokens: int, n: int, k: int) -> Iterator[Extra]:
     count, chosen = 32, 4
     slots = tokens * chosen
-    expert = torch.arange(slots, device=device) % count
-    counts = torch.bincount(expert, minlength=count)
-    zero = torch.zeros(1, dtype=torch.int64, device=device)
-    offsets = torch.cat((zero, counts.cumsum(0))).to(torch.int32)
+    offsets, _ = routing(slots, count, device)
     order = torch.arange(slots, device=device) // chosen
     values = torch.randint(0, 16, (count, n, k), dtype=torch.uint8, device=device)
     scales = torch.rand(count, -(-k // 128), n, device=device).bfloat16() * 0.02 + 0.01
-    weight = experts.pack_experts(values, scales, None, 128)
+    four = w4a16_experts.pack_experts(values, scales, None, 128)
+    eight = w8a16_experts.pack_experts(values.to(torch.int8), scales[:, :1])
     x = torch.randn(tokens, k, device=device).bfloat16()
     dense = torch.randn(count, n, k, device=device).bfloat16().transpose(1, 2)
-    found = time_in_turn(
-        {
-            "ours": [
-                lambda: experts.w4a16_experts_linear(x, order, offsets, *weight, None, n, 128)
-            ],
-            "library": [
-                lambda: torch._grouped_mm(x.index_select(0, order), dense, offs=offsets[1:])
-            ],
-        },
-        clock,
-    )
-    ratio = found["library"].median / found["ours"].median
-    name = f"w4a16_experts {count} of {n}x{k}, {slots} slots"
-    return Extra(name, found["ours"].median, ratio, "bf16 grouped_mm's speed", 2.2)
+    library: Calls = [lambda: torch._grouped_mm(x.index_select(0, order), dense, offs=offsets[1:])]
+    name = f"experts {count} of {n}x{k}, {slots} slots"
+    linear = partial(w4a16_experts.w4a16_experts_linear, x, order, offsets, *four, None, n, 128)
+    calls: dict[str, Calls] = {"ours": [linear], "bf16 grouped_mm": library}
+    yield from _against(f"w4a16 {name}", clock, calls, {"bf16 grouped_mm": 2.2})
+    linear = partial(w8a16_experts.w8a16_experts_linear, x, order, offsets, *eight, None, n)
+    # Half of the bytes allow twice the speed; of that, the share that the bar of W4 asks for.
+    calls = {"ours": [linear], "bf16 grouped_mm": library}
+    yield from _against(f"w8a16 {name}", clock, calls, {"bf16 grouped_mm": 1.4})

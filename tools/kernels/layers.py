@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from torchlathe.kernels.w4a8 import op as w4a8
 from torchlathe.kernels.w4a16 import op as w4a16
 from torchlathe.kernels.w8a8 import op as w8a8
 from torchlathe.kernels.w8a16 import op as w8a16
+from torchlathe.tools.kernels.rivals import gemlite_layer, has_gemlite
 
 __all__ = ["LAYERS", "Contest", "Layer", "copies_for", "dense", "make_layer"]
 
@@ -52,6 +53,7 @@ class Layer:
         library: What torch has of the same meaning.
         wanted: The result of the first copy in float64.
         integer: Whether the products run at the rate of 8-bit types.
+        rivals: What others have of the same meaning, by name, where it is installed.
     """
 
     problem: Problem
@@ -59,6 +61,7 @@ class Layer:
     library: Contest
     wanted: Callable[[], Tensor]
     integer: bool
+    rivals: dict[str, Contest] = field(default_factory=dict)
 
 
 def dense(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Contest:
@@ -92,13 +95,17 @@ def _w4a16(m: int, n: int, k: int, device: torch.device, group: int | None) -> L
     group = 128 if group is None else group
     size = n * k // 2
     count = copies_for(size)
-    packs, inputs = [], []
+    packs, inputs, others = [], [], []
+    rival = has_gemlite(device) and group > 0
     for _ in range(count):
         values = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
         groups = 1 if group == 0 else -(-k // group)
         scales = torch.rand(groups, n, device=device).half() * 0.02 + 0.01
         packs.append(w4a16.pack(values, scales, None, group))
         inputs.append(torch.randn(m, k, device=device).half())
+        other = gemlite_layer(values, scales, group) if rival else None
+        rival = other is not None
+        others += [other] if other is not None else []
 
     def unpacked(i: int) -> Tensor:
         if device.type == "cpu":
@@ -115,6 +122,7 @@ def _w4a16(m: int, n: int, k: int, device: torch.device, group: int | None) -> L
         _contest(unpacked, count, size),
         lambda: w4a16.reference(inputs[0].double(), *packs[0], out_features=n, group=group),
         False,
+        {"gemlite": _contest(lambda i: others[i](inputs[i]), count, size)} if rival else {},
     )
 
 

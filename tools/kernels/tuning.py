@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn import functional
 
+from torchlathe.kernels.semi_structured import op as semi_structured
 from torchlathe.kernels.tuning import table as tables
 from torchlathe.kernels.tuning.table import TileTable
 from torchlathe.kernels.tuning.tiles import BUCKETS, Problem, Tile, candidates
@@ -15,7 +18,7 @@ from torchlathe.tools.kernels.benching import SHAPES, TOLERANCES, error_of
 from torchlathe.tools.kernels.layers import LAYERS, make_layer
 from torchlathe.tools.kernels.timing import Clock, time_in_turn
 
-__all__ = ["tune"]
+__all__ = ["tune", "tune_semi_structured"]
 
 log = logging.getLogger("torchlathe")
 
@@ -61,6 +64,67 @@ def tune(
                 if progress is not None:
                     progress(make_problem(op, m, n, k), tile, seconds)
     return done
+
+
+def tune_semi_structured(
+    device: torch.device,
+    clock: Clock,
+    table: TileTable,
+    *,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    tokens: Sequence[int] = (1024, 4096),
+    progress: Callable[[Problem, Tile | None, float], None] | None = None,
+) -> int:
+    """Time the library's product with two zeros in each four weights against the dense one.
+
+    Where it is wrong, fails, or is less than a twentieth faster, the table says dense.
+
+    Returns:
+        How many problems were timed; 0 where the library is not there.
+    """
+    done = 0
+    for n, k in shapes:
+        weight = torch.randn(n, k // 4, 4, device=device).half()
+        weight[..., 2:] = 0
+        weight = weight.flatten(1)
+        compressed = semi_structured.compress(weight)
+        if compressed is None:
+            return done
+        for m in tokens:
+            x = torch.randn(m, k, device=device).half()
+            problem = semi_structured.problem_of(x, weight)
+            best: tuple[Tile | None, float] = (None, math.inf)
+            try:
+                best = _sparse_or_dense(x, weight, compressed, clock)
+            except Exception as failure:
+                log.warning("%s fails: %s", problem.key, failure)
+            table.entries[problem.key] = best[0]
+            table.save()
+            done += 1
+            if progress is not None:
+                progress(problem, *best)
+    return done
+
+
+def _sparse_or_dense(
+    x: torch.Tensor, weight: torch.Tensor, compressed: torch.Tensor, clock: Clock
+) -> tuple[Tile | None, float]:
+    def sparse() -> torch.Tensor:
+        return semi_structured.sparse_product(x, compressed)
+
+    def dense() -> torch.Tensor:
+        return functional.linear(x, weight)
+
+    wanted, found = dense().to(torch.float32), sparse().to(torch.float32)
+    if not float((found - wanted).norm()) <= 2e-3 * float(wanted.norm()):
+        raise ArithmeticError("the sparse product is another than the dense one")
+    seconds = time_in_turn({"sparse": [sparse], "dense": [dense]}, clock, 20)
+    faster = seconds["sparse"].median < 0.95 * seconds["dense"].median
+    return (
+        (semi_structured.SPARSE, seconds["sparse"].median)
+        if faster
+        else (None, seconds["dense"].median)
+    )
 
 
 def make_problem(op: str, m: int, n: int, k: int) -> Problem:

@@ -64,6 +64,8 @@ def bars_for(found: Measurement) -> Iterator[Bar]:
         yield Bar("fp16", small if found.n * found.k <= _SMALL else large)
     elif found.m == 64 and found.n * found.k > _SMALL:
         yield Bar("fp16", many)
+    if "gemlite" in found.seconds and found.m <= 16:
+        yield Bar("gemlite", 1.5)
     # Never slower than what torch has, within the noise of a measurement.
     yield Bar("library", 0.95)
 

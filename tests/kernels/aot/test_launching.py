@@ -8,14 +8,17 @@ import torch
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.making import eight_bits, w4, w4_signed, w8, w8_rows
+from tests.kernels.making import blocks, eight_bits, routed, w4, w4_signed, w8, w8_rows
 from torchlathe.kernels.aot.assembly import main_loop, whole
 from torchlathe.kernels.aot.compiling import ARCHITECTURES, Binary, read_binary
+from torchlathe.kernels.block_sparse import op as block_sparse
+from torchlathe.kernels.low_rank import op as low_rank
 from torchlathe.kernels.norm_quantise import op as norm
 from torchlathe.kernels.tuning.tiles import Tile
 from torchlathe.kernels.w4a8 import op as w4a8
 from torchlathe.kernels.w4a16 import op as w4a16
 from torchlathe.kernels.w8a8 import op as w8a8
+from torchlathe.kernels.w8a8_experts import op as w8a8_experts
 from torchlathe.kernels.w8a16 import op as w8a16
 
 HALF = torch.float16
@@ -76,23 +79,50 @@ def launches(name: str, wrap: Compiled) -> None:
         w4a8.launch(numbers, scales, w4_signed(100, 512, 128), tile, dtype=HALF, **rest)
     elif name == "w8a8":
         w8a8.launch(numbers, scales, w8_rows(100, 512), tile, dtype=HALF, **rest)
+    elif name == "w8a8_experts":
+        offsets, numbers, order, places, weights = routed([3, 0, 9], 512, torch.int8)
+        values = eight_bits(3 * 100, 512).view(3, 100, 512)
+        experts = w8a8_experts.pack_experts(values, torch.rand(3, 100))
+        rest = {"weights": weights, "places": places, "out_features": 100, "dtype": HALF}
+        w8a8_experts.launch(
+            numbers, torch.rand(6), order, offsets, experts, Tile(16, 128), **rest, wrap=wrap
+        )
+    elif name == "block_sparse":
+        block_sparse.launch(x, blocks(100, 512, 64, HALF), Tile(16, 64, 2), **rest)
+    elif name == "low_rank":
+        factors = low_rank.pack(torch.randn(64, 512).half(), torch.randn(100, 64).half())
+        low_rank.launch(x, factors, tile, **rest)
     else:
         weight = torch.rand(512).half()
         norm.launch(x, x, weight, None, 0.0, mean=False, dtype=torch.int8, wrap=wrap)
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w8a16", "w4a8", "w8a8", "norm_quantise"])
+# The kernel that each op launches, and whether one adds up parts.
+KERNELS = {
+    "w4a16": ("product", True),
+    "w8a16": ("product", True),
+    "w4a8": ("product", True),
+    "w8a8": ("product", True),
+    "w8a8_experts": ("product", False),
+    "block_sparse": ("block_sparse", True),
+    "low_rank": ("narrowed", False),
+    "norm_quantise": ("norm_quantise", False),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_launches_are_specialised_as_the_check_assumes(name: str) -> None:
     """Strides and pointers that are not known to be multiples of 16 would show as narrow loads."""
     wrap = Compiled()
     launches(name, wrap)
-    binary = wrap.binaries[name]
+    kernel, adds = KERNELS[name]
+    binary = wrap.binaries[kernel]
     loop = main_loop(binary) if name != "norm_quantise" else whole(binary)
     assert loop is not None
     assert loop.load_bytes == 16
     assert binary.stack == 0
+    assert ("sum_parts" in wrap.binaries) == adds
     if name != "norm_quantise":
-        assert "sum_parts" in wrap.binaries
         assert min(width for width in loop.loaded if loop.loaded[width] >= 32) == 16
 
 
@@ -125,6 +155,59 @@ def test_traces_into_kernels_that_write_their_results_only() -> None:
     assert [node.kwargs["tensors_to_clone"] for node in launched] == [
         ["out_ptr", "scales_ptr", "summed_ptr"],
         ["out_ptr"],
+        ["out_ptr"],
+    ]
+
+
+def test_further_ops_trace_into_kernels() -> None:
+    """Gates, low-rank terms, experts and blocks, on fake tensors of a GPU."""
+
+    class Model(torch.nn.Module):
+        def forward(
+            self, x, rows, row_scales, narrow, up, values, columns, offsets, down, gain, ends
+        ):
+            ops = torch.ops.torchlathe
+            y = ops.block_sparse_linear(x, values, columns, offsets, None, None, 256, "none")
+            y = ops.low_rank_linear(y, down, up, None, None, 256, "relu")
+            q, s = ops.norm_quantise(y, gain, None, 1e-5, False, torch.int8)
+            z = ops.w8a8_low_rank_linear(
+                q, s, rows, row_scales, narrow, up, None, None, 128, HALF, "swiglu"
+            )
+            experts = torch.stack((rows, rows, rows))
+            scales = torch.stack((row_scales, row_scales, row_scales))
+            return z, ops.w8a8_experts_linear(
+                q, s, None, ends, experts, scales, None, 256, HALF, "none", None
+            )
+
+    def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+        return torch.empty(*shape, device="cuda", dtype=dtype)
+
+    with FakeTensorMode():
+        inputs = (
+            empty(4, 256),
+            empty(256, 256, dtype=torch.int8),
+            empty(256, dtype=torch.float32),
+            empty(4, 64),
+            empty(256, 64),
+            empty(7, 64, 64),
+            empty(7, dtype=torch.int32),
+            empty(5, dtype=torch.int32),
+            empty(64, 256),
+            empty(256),
+            empty(4, dtype=torch.int32),
+        )
+        graph: Any
+        graph, _ = aot_export_module(Model(), inputs, trace_joint=False)
+    kernels = torch.ops.higher_order.triton_kernel_wrapper_functional
+    launched = [node for node in graph.graph.nodes if node.target is kernels]
+    written = [node.kwargs["tensors_to_clone"] for node in launched]
+    split = [["out_ptr"]]  # the sums of few rows are split, and added up by another kernel
+    assert written == [
+        *split,
+        ["parts_ptr"],
+        ["out_ptr"],
+        ["out_ptr", "scales_ptr"],
+        *split,
         ["out_ptr"],
     ]
 

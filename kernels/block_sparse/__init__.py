@@ -1,0 +1,1 @@
+"""Linear layers whose weights are blocks, most of which are zero and not stored."""

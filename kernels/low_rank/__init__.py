@@ -1,0 +1,1 @@
+"""Linear layers that are the product of two narrow ones."""

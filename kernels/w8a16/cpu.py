@@ -1,0 +1,31 @@
+"""W8A16 by torch's own CPU kernel, which takes int8 weights as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchlathe.kernels.epilogue import finished
+from torchlathe.kernels.registering import register
+
+__all__ = ["w8a16_cpu_linear"]
+
+
+@register("w8a16_cpu_linear")
+def w8a16_cpu_linear(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "none",
+) -> Tensor:
+    """``activation(x @ (values * scales).T + bias) + residual``.
+
+    Shapes: x (..., in), bf16 for speed; values (out, in) int8; scales (out,) as x; bias (out,);
+    residual and the result (..., out).
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, values, scales)
+    product = product.view(*x.shape[:-1], values.shape[0])
+    return finished(product, bias, residual, activation).to(x.dtype)
