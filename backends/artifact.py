@@ -29,10 +29,10 @@ from torchlathe.backends.compiled import CompiledModel
 from torchlathe.backends.container import Member, read_container, write_container
 from torchlathe.backends.graph_json import SavedReport, plain, program_json, record_specs
 from torchlathe.backends.graph_reading import read_program
-from torchlathe.backends.weights import read_tensors, tensor_member
+from torchlathe.backends.weights import map_tensors, read_tensors, tensor_member
 from torchlathe.ir import ArtifactError, BackendError
 
-__all__ = ["load", "manifest", "save"]
+__all__ = ["check", "load", "manifest", "save", "saved_report"]
 
 _GRAPH = "graph.json"
 _WEIGHTS = "weights.safetensors"
@@ -79,7 +79,13 @@ def _report(compiled: CompiledModel) -> Any:
     return plain(data)
 
 
-def load(path: str | os.PathLike[str], backend: str | Backend = "eager") -> CompiledModel:
+def load(
+    path: str | os.PathLike[str],
+    backend: str | Backend = "eager",
+    *,
+    mmap: bool = False,
+    check: bool = True,
+) -> CompiledModel:
     """Load a compiled model.
 
     It gives the outputs that the saved one gave (bit by bit on the same machine, with as many
@@ -91,6 +97,10 @@ def load(path: str | os.PathLike[str], backend: str | Backend = "eager") -> Comp
     Args:
         path: What ``compiled.save`` wrote.
         backend: A name, or an instance.
+        mmap: Map the weights into memory instead of reading them: pages that are not used are not
+            read, and processes that load the same file share them. The file must stay as it is;
+            what is written to the tensors goes to a copy of this process.
+        check: Hold the weights against their hash, which reads all of them once.
 
     Returns:
         The model on the CPU. Its ``report`` is a `SavedReport`, or None.
@@ -104,8 +114,11 @@ def load(path: str | os.PathLike[str], backend: str | Backend = "eager") -> Comp
     with read_container(path, _MEMBERS) as container:
         report = _read_report(container.read(_REPORT))
         graph = container.read(_GRAPH)
-        with container.stream(_WEIGHTS) as read_into:
-            tensors = read_tensors(container.members[_WEIGHTS][1], read_into)
+        if mmap:
+            tensors = map_tensors(*container.map(_WEIGHTS, check=check))
+        else:
+            with container.stream(_WEIGHTS) as read_into:
+                tensors = read_tensors(container.members[_WEIGHTS][1], read_into)
         try:
             program = read_program(graph, tensors)
             # Nothing else holds these tensors: an empty source shares nothing.
@@ -126,6 +139,29 @@ def manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with read_container(path, _MEMBERS) as container:
         return container.manifest
+
+
+def saved_report(path: str | os.PathLike[str]) -> SavedReport | None:
+    """The report of a saved file; reads no weights.
+
+    Raises:
+        ArtifactError: As `load`, as far as the file is read.
+    """
+    with read_container(path, _MEMBERS) as container:
+        return _read_report(container.read(_REPORT))
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Read every member of a saved file, and hold it against its hash.
+
+    Raises:
+        ArtifactError: A file that is truncated, was changed, or is of another version.
+    """
+    with read_container(path, _MEMBERS) as container:
+        container.read(_REPORT)
+        container.read(_GRAPH)
+        with container.stream(_WEIGHTS) as read_into:
+            read_tensors(container.members[_WEIGHTS][1], read_into)
 
 
 def _read_report(text: bytes) -> SavedReport | None:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module, metadata
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import fx
 
 from torchlathe.backends.completing import complete
-from torchlathe.ir import BackendError, Program, info
+from torchlathe.ir import BackendError, OptionError, Program, SpecError, info
+from torchlathe.ir.text.building import build, conform_fields, spec_of
+from torchlathe.ir.text.options import options_of
+from torchlathe.ir.text.syntax import parse
 
 __all__ = [
     "ENTRY_POINTS",
     "Backend",
+    "Capabilities",
+    "Configured",
     "FlatCallable",
     "Lowerable",
     "Origin",
     "backend_names",
+    "backend_text",
+    "capabilities_of",
     "get_backend",
 ]
 
@@ -29,10 +36,72 @@ ENTRY_POINTS = "torchlathe.backends"
 FlatCallable = Callable[..., Sequence[Any]]
 
 _TABLE = {
+    "aoti": "torchlathe.backends.aoti:AOTInductor",
+    "auto": "torchlathe.backends.auto:Auto",
     "eager": "torchlathe.backends.eager:Eager",
+    "executorch": "torchlathe.backends.executorch:ExecuTorch",
     "inductor": "torchlathe.backends.inductor:Inductor",
     "module": "torchlathe.backends.module:ModuleBackend",
+    "onnx": "torchlathe.backends.onnx:Onnx",
+    "openvino": "torchlathe.backends.openvino:OpenVino",
 }
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do with a program; what it cannot is refused before any work.
+
+    Attributes:
+        dtypes: Floating dtypes that tensors and inputs may have; None: all of torch's.
+        devices: Types of devices that it runs on; None: all of torch's.
+        dynamic_shapes: Whether one lowering serves every size of a dynamic dimension.
+        training: Whether gradients flow to parameters and inputs.
+        live: Whether each call reads the compiled model's own tensors. A backend that keeps
+            copies of the weights lowers again when they have changed.
+        packages: What has to be installed, as it is imported.
+        extra: The extra of torchlathe that installs it.
+        checked: Whether the result is held against the eager program before it is handed out.
+    """
+
+    dtypes: tuple[torch.dtype, ...] | None = None
+    devices: tuple[str, ...] | None = None
+    dynamic_shapes: bool = True
+    training: bool = False
+    live: bool = False
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    checked: bool = True
+
+
+# Of a backend that says nothing about itself, as those of other packages may.
+_UNSAID = Capabilities(training=True, live=True)
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A backend whose options are its fields: held to their types, and written as text."""
+
+    name: ClassVar[str]
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do with these options."""
+        return _UNSAID
+
+    def __post_init__(self) -> None:
+        """Hold the options to their types; a subclass that checks more calls this first.
+
+        Raises:
+            OptionError: A value is not of its option's type.
+        """
+        conform_fields(self)
+
+    def spec(self) -> str:
+        """The backend as text: its name, and the options that are not at their defaults."""
+        return spec_of(self)
+
+    def __str__(self) -> str:
+        return self.spec()
 
 
 @dataclass(frozen=True)
@@ -134,8 +203,10 @@ class Lowerable:
 class Backend(Protocol):
     """Turns a program into something callable.
 
-    A backend is a frozen dataclass of its options. Packages add theirs by an entry point of the
-    group ``torchlathe.backends`` that names the class.
+    A backend is a frozen dataclass of its options, by custom a `Configured` one. It may have
+    ``capabilities``, and ``prepare(program)``, which may edit the program before its tensors are
+    placed. The function that it returns may have ``write(path)``, which ``compiled.export`` calls.
+    Packages add theirs by an entry point of the group ``torchlathe.backends`` that names the class.
     """
 
     @property
@@ -161,13 +232,16 @@ def get_backend(backend: str | Backend | type[Any]) -> Backend:
     """Find a backend.
 
     Args:
-        backend: A name, an instance such as ``Inductor(mode="max-autotune")``, or a class.
+        backend: A name, with options as in ``"inductor{freezing=true}"``; an instance such as
+            ``Inductor(freezing=True)``; or a class.
 
     Raises:
         BackendError: No backend has this name, or what was given is none.
+        SpecError: The text cannot be read, or an option is not known.
+        OptionError: A value is not of its option's type.
     """
     if isinstance(backend, str):
-        return _by_name(backend)()
+        return _from_text(backend)
     made = backend() if isinstance(backend, type) else backend
     if isinstance(made, Backend) and callable(made.lower):
         return made
@@ -175,6 +249,42 @@ def get_backend(backend: str | Backend | type[Any]) -> Backend:
         f"{backend!r} is not a backend",
         hint=f"give one of {', '.join(backend_names())}, or an object with `name` and `lower`",
     )
+
+
+def capabilities_of(backend: Backend) -> Capabilities:
+    """What a backend says that it can do."""
+    found = getattr(backend, "capabilities", _UNSAID)
+    assert isinstance(found, Capabilities)
+    return found
+
+
+def backend_text(backend: Backend) -> str:
+    """The backend as text, with the options that are not at their defaults."""
+    return spec_of(backend) if _has_options(type(backend)) else backend.name
+
+
+def _has_options(cls: type) -> bool:
+    """Whether the options of a class can be read from text and written to it."""
+    if not is_dataclass(cls):
+        return False
+    made: type = cls
+    try:
+        options_of(made)
+    except OptionError:
+        return False
+    return True
+
+
+def _from_text(text: str) -> Backend:
+    parts = parse(text)
+    if len(parts) != 1:
+        raise SpecError(
+            f"{text!r} names {len(parts) or 'no'} backends, expected one",
+            hint='candidates go to "auto{candidates=[eager,inductor]}"',
+        )
+    cls = _by_name(parts[0].name.text)
+    made: Backend = build(cls, text, parts[0]) if parts[0].options else cls()
+    return made
 
 
 def _points() -> metadata.EntryPoints:

@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 import torch
 from torch.export import ExportedProgram
 
+from torchlathe.backends.agreeing import Agreement
 from torchlathe.backends.base import Backend, FlatCallable, Lowerable, Origin, get_backend
 from torchlathe.backends.calling import Convention
 from torchlathe.backends.completing import complete
+from torchlathe.backends.lowering import lowered
 from torchlathe.backends.module_tree import own_entries, refresh, tensor_tree, tie
 from torchlathe.backends.moving import moved, places_after
 from torchlathe.ir import InputError, Program, UnsupportedError
@@ -37,6 +39,8 @@ class _State:
     paths: dict[str, str]
     convention: Convention
     run: FlatCallable
+    check: bool
+    agreement: Agreement | None
     versions: tuple[int, ...] = ()
 
 
@@ -58,9 +62,12 @@ class CompiledModel(torch.nn.Module):
         source: The module or exported program that the program was captured from. None: every
             tensor is copied.
         report: What the compilation did; anything with ``to_dict()``.
+        check: Whether what the backend makes is held against the eager program on the example
+            inputs.
 
     Raises:
         BackendError: An unknown backend, or one that cannot lower the program.
+        DisagreementError: The backend made something that computes another function.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class CompiledModel(torch.nn.Module):
         source: torch.nn.Module | ExportedProgram | None = None,
         before: Program | None = None,
         report: Any = None,
+        check: bool = True,
     ) -> None:
         super().__init__()
         found = get_backend(backend)
@@ -83,9 +91,10 @@ class CompiledModel(torch.nn.Module):
         # a tensor's name could meet, so backends read from it.
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = tensors.__dict__[table]
-        run = found.lower(Lowerable(program, tensors, paths, _origin(source, before)))
+        lowerable = Lowerable(program, tensors, paths, _origin(source, before))
+        run, agreement = lowered(found, lowerable, check=check)
         self.__dict__["_torchlathe"] = _State(
-            program, found, report, tensors, paths, Convention(program), run
+            program, found, report, tensors, paths, Convention(program), run, check, agreement
         )
         self.training = False
 
@@ -123,6 +132,18 @@ class CompiledModel(torch.nn.Module):
         """The backend that runs the program."""
         state: _State = self.__dict__["_torchlathe"]
         return state.backend
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """How well what the backend made agrees with the eager program; None if not compared."""
+        state: _State = self.__dict__["_torchlathe"]
+        return state.agreement
+
+    @property
+    def candidates(self) -> tuple[Any, ...]:
+        """What ``backend="auto"`` found for each candidate; empty for another backend."""
+        run = self.__dict__["_torchlathe"].run
+        return tuple(getattr(run, "candidates", ()))
 
     @property
     def module(self) -> Any:
@@ -232,6 +253,24 @@ class CompiledModel(torch.nn.Module):
 
         save(self, path)
 
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write what the backend made, for a runtime that needs no torchlathe.
+
+        That is a ``.pt2`` of ``aoti``, ``.onnx``, ``.pte`` of ``executorch``, or ``.xml`` with a
+        ``.bin`` beside it of ``openvino``.
+
+        Raises:
+            UnsupportedError: Another backend, which makes no file.
+        """
+        state: _State = self.__dict__["_torchlathe"]
+        write = getattr(state.run, "write", None)
+        if write is None:
+            raise UnsupportedError(
+                f"backend={state.backend.name!r} makes no file",
+                hint="aoti, onnx, openvino and executorch do; compiled.save keeps every model",
+            )
+        write(path)
+
     # -- what nn.Module does ---------------------------------------------------------------
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> CompiledModel:
@@ -248,13 +287,18 @@ class CompiledModel(torch.nn.Module):
             state.program = after
             state.convention = Convention(after)
             again = Origin(getattr(state.run, "module", None), finished=True)
-            state.run = state.backend.lower(Lowerable(after, state.tensors, state.paths, again))
+            lowerable = Lowerable(after, state.tensors, state.paths, again)
+            state.run, state.agreement = lowered(state.backend, lowerable, check=state.check)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         state: _State = self.__dict__["_torchlathe"]
         twin = CompiledModel(
-            self.program, state.backend, source=self, report=copy.deepcopy(state.report, memo)
+            self.program,
+            state.backend,
+            source=self,
+            report=copy.deepcopy(state.report, memo),
+            check=False,  # equal to this one, which was compared
         )
         twin.train(self.training)
         memo[id(self)] = twin

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from torchlathe.backends.base import FlatCallable, Lowerable
+from torchlathe.backends.base import Capabilities, Configured, FlatCallable, Lowerable
 
 __all__ = ["Eager"]
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Eager:
+class Eager(Configured):
     """Runs op by op; gradients flow, and a value is freed after its last use.
 
     Common ops are called by their Python binding instead of through ``torch.ops``, which is the
@@ -27,6 +27,11 @@ class Eager:
     """
 
     name: ClassVar[str] = "eager"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """All that torch can do; it is what others are held against."""
+        return Capabilities(training=True, live=True, checked=False)
 
     def lower(self, source: Lowerable) -> FlatCallable:
         """Return the program as a function of its flat inputs."""

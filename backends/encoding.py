@@ -10,6 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def resolve_op(name: Any) -> Callable[..., Any]:
     match = _OP.fullmatch(name)
     if match is None or _TORCH_OTHERS.fullmatch(match[1]):
         raise ArtifactError(f"a saved model may not call {name!r}")
+    if match[1] == "torchlathe":
+        import_module("torchlathe.kernels.operators")
     # Only registered ops are taken: namespaces and packets have other attributes as well.
     space = getattr(torch.ops, match[1], None)
     packet = getattr(space, match[2], None) if type(space) is torch._ops._OpNamespace else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from torchlathe.backends.base import FlatCallable, Lowerable
+from torchlathe.backends.base import Capabilities, Configured, FlatCallable, Lowerable
 from torchlathe.ir import BackendError, OptionError
 
 __all__ = ["Inductor"]
@@ -17,11 +17,16 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 
 
 @dataclass(frozen=True)
-class Inductor:
-    """Compiles by ``torch.compile`` at the first call; training works.
+class Inductor(Configured):
+    """Compiles by ``torch.compile``; without freezing, training works.
 
     Args:
-        mode: As ``torch.compile`` takes it; exclusive with ``options``.
+        freezing: Make constants of the weights: they are folded and packed for the device. A call
+            gives no gradients then, and changed weights are compiled again.
+        autotune: Measure several kernels for each matrix product, and take the fastest. On a CPU
+            the ones that torch generates need ``freezing``.
+        cuda_graphs: Record the calls on a CUDA device as graphs.
+        mode: As ``torch.compile`` takes it; exclusive with all of these and ``options``.
         dynamic: Whether one compilation serves every size. None: yes if the program has symbolic
             dimensions, no if all are static.
         options: Options of the inductor, as ``torch.compile`` takes them.
@@ -29,20 +34,42 @@ class Inductor:
 
     name: ClassVar[str] = "inductor"
 
+    freezing: bool = False
+    autotune: bool = False
+    cuda_graphs: bool = False
     mode: Mode = "default"
     dynamic: bool | None = None
     options: Mapping[str, str | int | bool] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
+        """Hold the options to their types, and to each other.
+
+        Raises:
+            OptionError: A value is not of its option's type, or two exclude each other.
+        """
+        super().__post_init__()
+        if self.mode != "default" and self.torch_options():
             raise OptionError(
-                f"mode={self.mode!r} is not known", hint=f"one of {', '.join(get_args(Mode))}"
-            )
-        if self.options and self.mode != "default":
-            raise OptionError(
-                "mode and options exclude each other",
+                "mode and other options exclude each other",
                 hint="torch._inductor.list_mode_options() gives the options of a mode",
             )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """With freezing it keeps copies of the weights."""
+        return Capabilities(training=not self.freezing, live=not self.freezing)
+
+    def torch_options(self) -> dict[str, Any]:
+        """The options of the inductor that these stand for."""
+        found: dict[str, Any] = {}
+        if self.freezing:
+            found["freezing"] = True
+        if self.autotune:
+            found["max_autotune"] = True
+            found["max_autotune_gemm_backends"] = "ATEN,TRITON,CPP"
+        if self.cuda_graphs:
+            found["triton.cudagraphs"] = True
+        return found | dict(self.options or {})
 
     def lower(self, source: Lowerable) -> FlatCallable:
         """Return the compiled function; compiling itself happens at its first call.
@@ -51,7 +78,7 @@ class Inductor:
             BackendError: ``torch.compile`` does not take the options.
         """
         dynamic = source.dynamic if self.dynamic is None else self.dynamic
-        how: dict[str, Any] = {"options": dict(self.options)} if self.options else {}
+        how: dict[str, Any] = {"options": found} if (found := self.torch_options()) else {}
         if self.mode != "default":
             how["mode"] = self.mode
         module = source.graph_module()
@@ -75,7 +102,12 @@ class Inductor:
                     'backend="eager" needs neither',
                 ) from error
 
-        return call
+        def frozen(*inputs: Any) -> Any:
+            # Torch makes constants of the weights only where no gradient can be asked for.
+            with torch.no_grad():
+                return call(*inputs)
+
+        return frozen if self.freezing else call
 
 
 def _from_compiler(error: Exception) -> bool:

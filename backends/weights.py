@@ -16,7 +16,7 @@ import torch
 
 from torchlathe.ir import ArtifactError
 
-__all__ = ["DTYPES", "read_tensors", "tensor_member"]
+__all__ = ["DTYPES", "map_tensors", "read_tensors", "tensor_member"]
 
 _CODES = {
     "F64": "float64",
@@ -107,6 +107,40 @@ def read_tensors(size: int, read_into: Callable[[memoryview], None]) -> dict[str
         if count:
             read_into(data.numpy().data)
         tensors[name] = _over(data.untyped_storage(), 0, shape, dtype)
+    return tensors
+
+
+def map_tensors(mapped: Any, start: int, size: int) -> dict[str, torch.Tensor]:
+    """All tensors of a member where they lie in a mapped file; pages are read as they are used.
+
+    Args:
+        mapped: The file, mapped so that writing to it changes this process' copy alone.
+        start: Where the member begins.
+        size: Its size in bytes.
+
+    Raises:
+        ArtifactError: The content is not what the format asks for.
+    """
+    length = int.from_bytes(mapped[start : start + 8], "little")
+    if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+        raise _broken("the header is larger than the member")
+    first = start + 8 + length
+    layout = _layout(bytearray(mapped[start + 8 : first]), size - 8 - length)
+    tensors = {}
+    offset = first
+    for name, dtype, shape, count in layout:
+        if count and offset % dtype.itemsize == 0:
+            flat = torch.frombuffer(
+                mapped, dtype=dtype, count=count // dtype.itemsize, offset=offset
+            )
+            # Not a view: nothing else is to be found over the same memory.
+            tensors[name] = _over(flat.untyped_storage(), 0, shape, dtype)
+        else:  # empty, or of a writer that does not align
+            data = torch.empty(count, dtype=torch.uint8)
+            if count:
+                data.numpy().data[:] = mapped[offset : offset + count]
+            tensors[name] = _over(data.untyped_storage(), 0, shape, dtype)
+        offset += count
     return tensors
 
 

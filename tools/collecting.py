@@ -48,6 +48,8 @@ def collect_report(
     latency_seconds: float = 2.0,
     stages: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
+    agreement: Any = None,
+    candidates: Sequence[Any] = (),
 ) -> Report:
     """Measure and describe what passes did.
 
@@ -64,6 +66,8 @@ def collect_report(
         latency_seconds: Time to spend on measuring latency; 0 does not measure it.
         stages: Seconds by stage so far; the whole is their sum.
         notes: Kept as they are.
+        agreement: How far what the backend made is from the eager program.
+        candidates: What ``backend="auto"`` found of each.
     """
     latency: Latency | None = None
     fidelity: list[OutputFidelity] = []
@@ -102,6 +106,8 @@ def collect_report(
         stages=stages,
         versions=versions(),
         notes=tuple(notes),
+        agreement=None if agreement is None else agreement.to_dict(),
+        candidates=tuple(candidate.to_dict() for candidate in candidates),
     )
 
 

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from torchlathe.tools.latency import Latency
     from torchlathe.tools.report import ParameterRow, Report
 
-__all__ = ["fidelity_plot", "latency_plot", "layers_plot", "sharing_plot", "sizes_plot", "svg"]
+__all__ = [
+    "fidelity_plot",
+    "latency_plot",
+    "layers_plot",
+    "profile_plot",
+    "sharing_plot",
+    "sizes_plot",
+    "svg",
+    "training_plot",
+]
 
 # Stand-ins, no two alike, to the variables of the page.
 _INK, _MUTED, _RULE, _BEFORE, _AFTER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
@@ -47,6 +56,7 @@ _VARIABLES = {
 _CLASS_COLOURS = ("#1f6feb", "#1a7f4b", "#c2740a", "#8250df", "#cf222e", "#0e7490")
 _MOST_LAYERS = 48
 _MOST_OUTPUTS = 16
+_MOST_PROFILES, _PROFILE_COLUMNS = 12, 4
 
 
 def sizes_plot(report: Report) -> str:
@@ -195,6 +205,116 @@ def _sharing_rows(sharing: dict[str, Any]) -> dict[str, list[int]]:
             number = next((i for i, layers in enumerate(shared) if layer in layers), -1)
             rows.setdefault(role, []).append(number)
     return rows
+
+
+def profile_plot(report: Report) -> str:
+    """Error against size of split layers by method, and what was chosen: a panel for each layer.
+
+    Drawn for the last pass with a record of it; of many layers, those at equal steps of depth.
+    """
+    details = [record["details"] for record in report.passes if record.get("details")]
+    found: list[dict[str, Any]] = next(
+        (d["layer_profile"] for d in reversed(details) if "layer_profile" in d), []
+    )
+    layers = [layer for layer in found if layer["methods"]]
+    if not layers:
+        return ""
+    count = min(len(layers), _MOST_PROFILES)
+    steps = [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
+    shown = [layers[step] for step in steps]
+    names = list(dict.fromkeys(name for layer in layers for name in layer["methods"]))
+    columns = min(count, _PROFILE_COLUMNS)
+    rows = -(-count // columns)
+    with _figure(9.0, 0.5 + 1.75 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for panel in panels[count:]:
+            panel.set_visible(False)
+        for panel, layer in zip(panels, shown, strict=False):
+            _profile(panel, layer, names)
+        panels[0].set_xlim(0, 1.05)
+        handles = [panels[0].plot([], [], **_line_of(name, names))[0] for name in names]
+        figure.legend(handles, names, loc="outside upper left", ncols=6, frameon=False, fontsize=8)
+        figure.supxlabel("share of the layer's parameters", color=_MUTED, fontsize=9)
+        return svg(figure, "profile")
+
+
+def _profile(panel: Axes, layer: dict[str, Any], names: Sequence[str]) -> None:
+    """One layer's errors, with a ring at what was chosen; without error it is at the floor."""
+    floor = 1e-4
+    for name, curve in layer["methods"].items():
+        shares, errors = zip(*curve, strict=True)
+        shown = [max(error, floor) for error in errors]
+        panel.plot(shares, shown, linewidth=1.2, **_line_of(name, names))
+    chosen = layer["chosen"]
+    panel.plot(
+        [chosen["kept"]],
+        [max(chosen["error"], floor)],
+        marker="o",
+        markersize=6,
+        markerfacecolor="none",
+        markeredgecolor=_INK,
+        clip_on=False,
+    )
+    panel.set_yscale("log")
+    title = shorten(layer["weight"].removesuffix(".weight"), 30)
+    panel.set_title(f"{title}\n{chosen['method']}", fontsize=7.5, loc="left", color=_INK)
+    panel.grid(color=_RULE, linewidth=0.6)
+    panel.tick_params(length=0, labelsize=7)
+    panel.minorticks_off()
+
+
+def _line_of(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Colour and, where the colours begin again, dashes of a method."""
+    place = list(names).index(name)
+    again = place >= len(_CLASS_COLOURS)
+    colour = _CLASS_COLOURS[place % len(_CLASS_COLOURS)]
+    return {"color": colour, "linestyle": "--" if again else "-"}
+
+
+def training_plot(report: Report) -> str:
+    """The loss of each step of passes that trained, and of their evaluations.
+
+    A panel for each training; the loss is on a logarithmic axis where it is positive. Where
+    groups become zero on the way, their share is drawn as well.
+    """
+    found = [
+        (f"{record['spec'].partition('{')[0]}: {kind}", curve)
+        for record in report.passes
+        for kind, curve in (record.get("details") or {}).get("training", {}).items()
+        if curve.get("losses")
+    ]
+    if not found:
+        return ""
+    with _figure(9.0, 2.6 * len(found)) as figure:
+        axes = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+        for axis, (title, curve) in zip(axes, found, strict=True):
+            told = [(e["step"], e["loss"]) for e in curve.get("evaluations", [])]
+            axis.plot(*zip(*curve["losses"], strict=True), color=_BEFORE, linewidth=0.9)
+            if told:
+                axis.plot(*zip(*told, strict=True), color=_AFTER, marker="o", markersize=3.5)
+                _beside(axis, told[-1], f"held out {told[-1][1]:.3g}")
+            if all(loss > 0 for _, loss in (*curve["losses"], *told)):
+                axis.set_yscale("log")
+            axis.set_title(title, fontsize=9, loc="left", color=_INK)
+            axis.set_xlabel("step", color=_MUTED)
+            axis.set_ylabel("loss")
+            axis.grid(axis="y", color=_RULE, linewidth=0.7)
+            _draw_sparsity(axis, curve)
+        return svg(figure, "training")
+
+
+def _draw_sparsity(axis: Axes, curve: dict[str, Any]) -> None:
+    """On an axis of its own, the share of the groups that a sparse training has made zero."""
+    steps = [step for step, _ in curve["losses"]]
+    shares = [100 * row.get("group_sparsity", 0.0) for row in curve.get("records", [])]
+    if not any(shares):
+        return
+    count = min(len(steps), len(shares))
+    other = axis.twinx()
+    other.step(steps[:count], shares[:count], where="post", color=_MUTED, linestyle="--")
+    other.set_ylim(0, 100)
+    other.set_ylabel("zero groups, %", color=_MUTED)
+    other.tick_params(length=0)
 
 
 def svg(figure: Figure, name: str) -> str:

@@ -113,6 +113,9 @@ class Report:
         stages: Seconds by stage ("capture", "passes", "lower", "measure", ...).
         versions: Of Python, torch and torchlathe.
         notes: Anything else that a reader should know.
+        agreement: How far what the backend made is from the eager program, with the fields of
+            ``torchlathe.backends.Agreement``; None if it was not compared.
+        candidates: What ``backend="auto"`` found, with the fields of ``backends.auto.Candidate``.
     """
 
     model: str
@@ -133,6 +136,8 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    agreement: dict[str, Any] | None = None
+    candidates: tuple[dict[str, Any], ...] = ()
 
     # -- derived ---------------------------------------------------------------------------
 
@@ -189,7 +194,7 @@ class Report:
             values["fidelity"] = tuple(
                 OutputFidelity.from_dict(entry) for entry in values.get("fidelity", ())
             )
-            for name in ("passes", "dropped", "inputs", "notes"):
+            for name in ("passes", "dropped", "inputs", "notes", "candidates"):
                 values[name] = tuple(values.get(name, ()))
             return cls(**values)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchlathe.tools import figures, plots
-from torchlathe.tools.report_text import short_place, verification_text
+from torchlathe.tools.report_text import agreement_text, short_place, verification_text
 
 if TYPE_CHECKING:
     from torchlathe.tools.report import Report
@@ -44,10 +44,13 @@ def page(report: Report) -> str:
         "layers": plots.layers_plot(report.parameters),
         "fidelity": plots.fidelity_plot(report.fidelity),
         "sharing": plots.sharing_plot(report),
+        "profile": plots.profile_plot(report),
+        "training": plots.training_plot(report),
     }
     return environment.get_template("report.html.j2").render(
         report=report,
         tiles=_tiles(report),
+        agreement=agreement_text(report),
         # The drawings are SVG that this package made; matplotlib escapes the text in them.
         plots={name: Markup(text) for name, text in drawings.items()},
         first_rows=_FIRST_ROWS,

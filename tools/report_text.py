@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 
     from torchlathe.tools.report import Report
 
-__all__ = ["cost_tables", "family_table", "new_table", "pin_table", "renderables", "section"]
+__all__ = [
+    "agreement_text",
+    "candidate_table",
+    "cost_tables",
+    "family_table",
+    "new_table",
+    "pin_table",
+    "renderables",
+    "section",
+]
 
 _FOLDERS = re.compile(r"/(?:[^\s/:]+/)+(?=[^\s/:]+/[^\s/:]+:\d)")
 _MOST_FAMILIES = 12
@@ -49,6 +58,10 @@ def renderables(report: Report) -> Iterator[RenderableType]:
         yield from _diagnostics(report)
     if report.fidelity:
         yield _fidelity(report)
+    if report.candidates:
+        yield candidate_table(report.candidates)
+    if report.agreement is not None:
+        yield _apart(Text(agreement_text(report)))
     if report.families:
         yield family_table(report.families, limit=_MOST_FAMILIES, name_width=38)
     if report.pins:
@@ -60,6 +73,34 @@ def renderables(report: Report) -> Iterator[RenderableType]:
     for note in report.notes:
         yield _apart(Text(f"Note: {note}"))
     yield _footer(report)
+
+
+def agreement_text(report: Report) -> str:
+    """One sentence on how far the lowered program is from the eager one."""
+    found = report.agreement or {}
+    sizes = found.get("sizes", 1)
+    return (
+        f"Checked: {report.backend} is within {error_text(found.get('error', 0.0))} of the eager "
+        f"program, tolerance {error_text(found.get('tolerance', 0.0))} for {found.get('dtype')}, "
+        f"at {sizes} size{'s' if sizes != 1 else ''} of the inputs"
+    )
+
+
+def candidate_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What was measured of the backends that ``auto`` looked at; each as a `Candidate`'s dict."""
+    table = new_table("*backend", ">median", ">p20 - p80", ">lowering", ">rel. error", "outcome")
+    for row in rows:
+        measured = row["milliseconds"] is not None
+        note = f": {row['note']}" if row["note"] else ""
+        table.add_row(
+            escape(row["backend"]),
+            ms_text(row["milliseconds"]) if measured else "",
+            f"{ms_text(row['low'])} - {ms_text(row['high'])}" if measured else "",
+            seconds_text(row["lower_seconds"]),
+            "" if row["error"] is None else error_text(row["error"]),
+            escape(row["outcome"] + note),
+        )
+    return section("Backends, measured in turn on the example inputs", table)
 
 
 def new_table(*columns: str) -> Table:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from torchlathe._version import __version__
 
 if TYPE_CHECKING:
-    from torchlathe import backends, ir, kernels, passes, tools
+    from torchlathe import backends, ir, kernels, optim, passes, tools
     from torchlathe._compile import compile, load
     from torchlathe._plan import plan
     from torchlathe.backends import CompiledModel
     from torchlathe.ir import Error, Program, capture
     from torchlathe.passes import PassManager
     from torchlathe.passes.statistics import Calibration
+    from torchlathe.tools.diff import diff
 
 __all__ = [
     "Calibration",
@@ -28,15 +29,17 @@ __all__ = [
     "backends",
     "capture",
     "compile",
+    "diff",
     "ir",
     "kernels",
     "load",
+    "optim",
     "passes",
     "plan",
     "tools",
 ]
 
-_PACKAGES = frozenset({"backends", "ir", "kernels", "passes", "tools"})
+_PACKAGES = frozenset({"backends", "ir", "kernels", "optim", "passes", "tools"})
 _HOME = {
     "Calibration": "torchlathe.passes.statistics",
     "CompiledModel": "torchlathe.backends",
@@ -45,6 +48,7 @@ _HOME = {
     "Program": "torchlathe.ir",
     "capture": "torchlathe.ir",
     "compile": "torchlathe._compile",
+    "diff": "torchlathe.tools.diff",
     "load": "torchlathe._compile",
     "plan": "torchlathe._plan",
 }

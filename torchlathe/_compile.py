@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchlathe.backends import CompiledModel, SavedReport, get_backend
+from torchlathe.backends import CompiledModel, SavedReport, backend_text, get_backend
 from torchlathe.backends import load as load_artifact
 from torchlathe.ir import BackendError, InputError, Program, capture
 from torchlathe.ir.capturing import eval_mode
@@ -58,7 +58,8 @@ def compile(
         dynamic_shapes: As ``torch.export.export`` takes them; ``"auto"`` marks the batch axis.
         calibration: Batches, when a pass needs data; fidelity is measured on the first of them.
         loss: ``(outputs, batch) -> scalar``, when a pass needs gradients.
-        backend: ``"eager"``, ``"inductor"`` or a backend object.
+        backend: A name, with options as in ``"inductor{freezing=true}"``, or a backend object;
+            what it makes is held against the eager program.
         verify: ``"off"`` (False), ``"fast"`` (True) or ``"full"``; see `PassManager`.
         instruments: Watch the passes: timing, printing, dumping, stopping after one.
         measure_latency: Time the result against the original, for about two seconds.
@@ -104,9 +105,12 @@ def compile(
             _check_finite(before)
         with _stage(stages, "passes", say):
             after = manager.run(before, calibration=calibration, loss=loss, seed=seed, progress=say)
+            after = _fused(after, manager, get_backend(backend).name, say)
         with _stage(stages, "lower", say):
             source = model if not isinstance(model, Program) else None
-            compiled = CompiledModel(after, backend, source=source, before=before)
+            compiled = CompiledModel(
+                after, backend, source=source, before=before, check=verify not in (False, "off")
+            )
         say("measuring")
         compiled.report = _report(
             model, before, compiled, calibration, str(manager), measure_latency, stages
@@ -114,19 +118,28 @@ def compile(
     return compiled
 
 
-def load(path: str | os.PathLike[str], *, backend: str | Backend = "eager") -> CompiledModel:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str | Backend = "eager",
+    mmap: bool = False,
+    check: bool = True,
+) -> CompiledModel:
     """Load what ``CompiledModel.save`` wrote; nothing from the file is executed.
 
     Args:
         path: The file.
         backend: What to lower it to.
+        mmap: Map the weights into memory, where pages are read as they are used, instead of
+            reading them; the file must stay as it is while the model lives.
+        check: With ``mmap``, hold the weights against their hash, which reads all of them once.
 
     Raises:
         ArtifactError: A file that is truncated, was changed, or is of another version.
     """
     from torchlathe.tools.report import Report
 
-    compiled = load_artifact(path, backend=backend)
+    compiled = load_artifact(path, backend=backend, mmap=mmap, check=check)
     if isinstance(compiled.report, SavedReport):
         compiled.report = Report.from_dict(compiled.report.to_dict())
     return compiled
@@ -141,6 +154,23 @@ def _capture(
         # Going on from the program keeps the names and indices of the first original.
         return model.program.copy()
     return capture(model, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
+
+
+def _fused(
+    program: Program, manager: PassManager, backend: str, say: Callable[[str], object]
+) -> Program:
+    """The program with fused ops for quantised layers, unless the pipeline chose them itself.
+
+    Backends that write files for other machines get the program as it is.
+    """
+    runtime = {"eager": "eager", "inductor": "inductor", "aoti": "inductor"}.get(backend)
+    stored = any(str(node.target) == "torchlathe.dequantize.default" for node in program.nodes)
+    if runtime is None or not stored or any(p.name == "fuse-kernels" for p in manager.passes):
+        return program
+    from torchlathe.passes import FuseKernels
+
+    fuse = FuseKernels(runtime="inductor" if runtime == "inductor" else "eager")
+    return PassManager([fuse], verify=manager.level).run(program, progress=say)
 
 
 def _check_finite(program: Program) -> None:
@@ -185,9 +215,11 @@ def _report(
             compiled=compiled,
             calibration=calibration,
             pipeline=pipeline,
-            backend=compiled.backend.name,
+            backend=backend_text(compiled.backend),
             latency_seconds=2.0 if measure_latency else 0.0,
             stages=stages,
+            agreement=compiled.agreement,
+            candidates=compiled.candidates,
         )
 
 

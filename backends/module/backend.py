@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from torchlathe.backends.base import Lowerable
+from torchlathe.backends.base import Capabilities, Configured, Lowerable
 from torchlathe.backends.module.checking import Outcome, Trial, nodes_by_module, other_batch
 from torchlathe.backends.module.config import Savable, fit_config
 from torchlathe.backends.module.copying import changed_floats, copy_with, correct_floats, tensors_of
@@ -31,7 +31,7 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
-class ModuleBackend:
+class ModuleBackend(Configured):
     """Gives back the module's own classes, with small parameters and attributes that fit them.
 
     ``compiled.module`` is the copy. It is held against the program on the example inputs, in
@@ -42,6 +42,11 @@ class ModuleBackend:
     """
 
     name: ClassVar[str] = "module"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """All that torch can do; it checks itself, with random values in place of zeros."""
+        return Capabilities(training=True, live=True, checked=False)
 
     def prepare(self, program: Program) -> None:
         """Write corrections as the code of a module can say them, before tensors are placed."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import struct
 import subprocess
 import sys
 import zipfile
@@ -388,3 +389,46 @@ def test_a_tensor_without_a_place_in_the_file() -> None:
 def test_an_unknown_backend_is_found_before_reading(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no backend is called"):
         load(tmp_path / "none.tl", backend="nothing")
+
+
+# -- mapped into memory ---------------------------------------------------------------------------
+
+
+def test_mapped_weights_are_those_that_were_read(tmp_path) -> None:
+    model = Tied().eval()
+    ids, kwargs = tied_inputs()
+    path = tmp_path / "m.tl"
+    CompiledModel(capture(model, (ids,), kwargs), source=model).save(path)
+    for mapped, check in ((False, True), (True, True), (True, False)):
+        loaded = load(path, mmap=mapped, check=check)
+        want, got = model(ids, **kwargs), loaded(ids, **kwargs)
+        assert torch.equal(got["logits"], want["logits"])
+        # Training changes this process' copy, and not the file.
+        with torch.no_grad():
+            loaded.get_parameter("block.0.weight").add_(1)
+    again = load(path, mmap=True)
+    assert torch.equal(again.get_parameter("block.0.weight"), model.get_parameter("block.0.weight"))
+    pointers = [p.untyped_storage().data_ptr() for p in again.parameters()]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_mapped_weights_are_held_against_their_hash(tmp_path) -> None:
+    path = tmp_path / "m.tl"
+    CompiledModel(dynamic_perceptron(Perceptron())).save(path)
+    start = manifest_start(path)
+    data = bytearray(path.read_bytes())
+    data[start] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors was changed or damaged"):
+        load(path, mmap=True)
+    load(path, mmap=True, check=False)
+
+
+def manifest_start(path) -> int:
+    """A byte within the last tensor of the weights."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("weights.safetensors")
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    return entry.header_offset + 30 + name + extra + entry.file_size - 3

@@ -71,7 +71,14 @@ def add_parser(commands: Any, common: Parser) -> None:
         "--backend",
         default="eager",
         metavar="NAME",
-        help="eager (default), inductor, or module: the model's own classes, made smaller",
+        help="eager (default), inductor, module, aoti, onnx, openvino, executorch or auto, with "
+        'options as in "inductor{freezing=true}"; see `torchlathe backends`',
+    )
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        help="also write what the backend made: .pt2 of aoti, .onnx, .xml of openvino, .pte of "
+        "executorch",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="save the compiled model (.tl)")
     parser.add_argument(
@@ -180,7 +187,7 @@ def add_meta_argument(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Compile, save and report."""
     text = pipeline_text(parsed.passes)
-    for path in (parsed.output, parsed.report):
+    for path in (parsed.output, parsed.report, parsed.export):
         check_writable(path)
     if parsed.save_module and parsed.backend != "module":
         raise UsageError("--save-module needs --backend module")
@@ -197,6 +204,8 @@ def run(parsed: argparse.Namespace) -> int:
     report: Report = compiled.report
     if parsed.output:
         compiled.save(parsed.output)
+    if parsed.export:
+        compiled.export(parsed.export)
     if parsed.save_module:
         _save_module(compiled, parsed.save_module)
     if parsed.report:
@@ -328,6 +337,7 @@ def _say_written(parsed: argparse.Namespace) -> None:
     console = output()
     for name, path in (
         ("model", parsed.output),
+        ("exported model", parsed.export),
         ("module", parsed.save_module),
         ("report", parsed.report),
     ):

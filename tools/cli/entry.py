@@ -9,11 +9,15 @@ from collections.abc import Sequence
 
 from torchlathe._version import __version__
 from torchlathe.tools.cli import (
+    backends_command,
+    bench_command,
     compile_command,
+    diff_command,
     inspect_command,
     kernels_command,
     passes_command,
     plan_command,
+    show_command,
 )
 from torchlathe.tools.cli.parsing import Parser, UsageError
 
@@ -28,6 +32,10 @@ examples:
       --passes "structured-erase{sparsity=0.5}" -o small.tl --report small.html
   torchlathe plan config.json --meta \\
       --passes "structured-erase{importance=random,scope=local}"
+  torchlathe diff model.py:make small.tl     where the error starts and grows
+  torchlathe bench model model.py:make small.tl small.tl@onnx
+  torchlathe show small.tl                   what a saved model says about itself
+  torchlathe backends                        list the backends
   torchlathe kernels check                   compile the kernels with no GPU
 
 exit codes: 0 done, 1 a defect of torchlathe, 2 wrong usage or a model that cannot be compiled,
@@ -55,6 +63,10 @@ def build_parser() -> Parser:
         plan_command,
         inspect_command,
         passes_command,
+        diff_command,
+        bench_command,
+        show_command,
+        backends_command,
         kernels_command,
     ):
         command.add_parser(commands, common)

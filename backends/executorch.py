@@ -1,0 +1,117 @@
+"""The executorch backend: a ``.pte`` for phones and small devices, by XNNPACK on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from torchlathe.backends.base import Capabilities, Configured, Lowerable
+from torchlathe.backends.exporting import Boundary, exported_program
+from torchlathe.ir import BackendError, OptionError
+from torchlathe.ir.files import atomic
+from torchlathe.ir.quiet import quiet_torch
+
+__all__ = ["ExecuTorch", "MethodRun"]
+
+
+@dataclass(frozen=True)
+class ExecuTorch(Configured):
+    """Lowers by ``executorch.exir``, and runs in ExecuTorch's Python runtime.
+
+    ``compiled.export("model.pte")`` writes the program. Memory is planned ahead for the largest
+    size of each dynamic dimension, hence the limit on those that have none of their own.
+
+    Args:
+        xnnpack: Give what XNNPACK takes to it; the rest runs in portable kernels, which are slow.
+        largest: Largest extent of a dynamic dimension that the model itself does not limit.
+    """
+
+    name: ClassVar[str] = "executorch"
+
+    xnnpack: bool = True
+    largest: int = 256
+
+    def __post_init__(self) -> None:
+        """Hold the options to their types and ranges.
+
+        Raises:
+            OptionError: A value that cannot be.
+        """
+        super().__post_init__()
+        if self.largest < 2:
+            raise OptionError(f"largest must be at least 2, got {self.largest}")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Inference on tensors of the CPU in float32."""
+        return Capabilities(
+            dtypes=(torch.float32,),
+            devices=("cpu",),
+            packages=("executorch",),
+            extra="executorch",
+        )
+
+    def lower(self, source: Lowerable) -> MethodRun:
+        """Lower the program, and load it into the runtime.
+
+        Raises:
+            BackendError: An op that ExecuTorch does not have.
+        """
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.runtime import Runtime
+
+        exported, boundary = exported_program(source, largest=self.largest)
+        try:
+            with quiet_torch(), torch.no_grad():
+                edge = to_edge_transform_and_lower(exported, partitioner=self._partitioners())
+                data = edge.to_executorch().buffer
+                program = Runtime.get().load_program(data)
+                method = program.load_method("forward")
+        except Exception as error:
+            text = " ".join(line.strip() for line in str(error).splitlines()[:3])
+            raise BackendError(
+                f"ExecuTorch does not take {source.name}: {type(error).__name__}: {text[:500]}",
+                hint='backend="eager" runs every program',
+            ) from error
+        return MethodRun(data, (program, method), method.execute, boundary)
+
+    def _partitioners(self) -> list[Any]:
+        if not self.xnnpack:
+            return []
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+        return [XnnpackPartitioner()]
+
+
+class MethodRun:
+    """A loaded method as a function of flat inputs.
+
+    Args:
+        data: Bytes of the ``.pte``.
+        keep: What must live as long as the method.
+        execute: Runs the method on a list of tensors.
+        boundary: Between the program's inputs and outputs and the method's.
+    """
+
+    def __init__(
+        self, data: Any, keep: Any, execute: Callable[[list[Any]], Any], boundary: Boundary
+    ) -> None:
+        self._data = data
+        self._keep = keep
+        self._execute = execute
+        self._boundary = boundary
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        """Run the method; its outputs are copied, since the next call reuses their memory."""
+        tensors = [t.detach().contiguous() for t in self._boundary.tensors(inputs)]
+        with torch.no_grad():
+            return self._boundary.flat([t.clone() for t in self._execute(tensors)])
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the ``.pte``, at once or not at all."""
+        with atomic(path) as draft:
+            draft.write_bytes(bytes(self._data))
