@@ -47,14 +47,26 @@ if TYPE_CHECKING:
     from torchlathe.passes.rewrite.experts.merge_experts import MergeExperts
     from torchlathe.passes.rewrite.experts.prune_experts import PruneExperts
     from torchlathe.passes.rewrite.factorising.low_rank import LowRankSplit
+    from torchlathe.passes.rewrite.lowering.fuse_kernels import FuseKernels
+    from torchlathe.passes.rewrite.quantising.quantize import Quantize
     from torchlathe.passes.rewrite.reordering.reorder_linear import ReorderLinear
     from torchlathe.passes.rewrite.sharing.fit_layer_basis import FitLayerBasis
     from torchlathe.passes.rewrite.sharing.share_parameters import ShareParameters
+    from torchlathe.passes.rewrite.sparsifying.permute_channels import PermuteChannels
+    from torchlathe.passes.rewrite.sparsifying.sparsify_nm import SparsifyNM
+    from torchlathe.passes.rewrite.tensor_networks.insert_adapters import InsertAdapters
+    from torchlathe.passes.rewrite.tensor_networks.kronecker_split import KroneckerSplit
+    from torchlathe.passes.rewrite.tensor_networks.quantize_cores import QuantizeCores
+    from torchlathe.passes.rewrite.tensor_networks.tensor_train_split import TensorTrainSplit
+    from torchlathe.passes.tune.distill import Distill
+    from torchlathe.passes.tune.heal import Heal
+    from torchlathe.passes.tune.sparse_train import SparseTrain
 
 __all__ = [
     "AnalysisPass",
     "DataAnalysis",
     "Diagnostic",
+    "Distill",
     "DumpIR",
     "EraseOperators",
     "Exactness",
@@ -62,8 +74,12 @@ __all__ = [
     "Explanation",
     "Fact",
     "FitLayerBasis",
+    "FuseKernels",
+    "Heal",
     "HessianSensitivity",
+    "InsertAdapters",
     "Instrument",
+    "KroneckerSplit",
     "LowRankSplit",
     "MergeExperts",
     "Option",
@@ -73,16 +89,22 @@ __all__ = [
     "PassManager",
     "PassRecord",
     "PassResult",
+    "PermuteChannels",
     "PrintIR",
     "PruneExperts",
+    "Quantize",
+    "QuantizeCores",
     "ReorderLinear",
     "RewritePass",
     "Segments",
     "ShareParameters",
     "SharingColoring",
+    "SparseTrain",
+    "SparsifyNM",
     "Statistics",
     "StopAfter",
     "StructuredErase",
+    "TensorTrainSplit",
     "Timing",
     "TunePass",
     "ZeroInvariantGroups",

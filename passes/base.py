@@ -297,6 +297,8 @@ class PassContext:
         computed: Names of the analyses that `analysis` had to compute.
         reused: Names of the analyses that `analysis` found in the cache.
         diagnostics: What helpers of the pass want the user to know; see `tell`.
+        original: The program that the pipeline was given, as it was; None outside of a pipeline.
+            Reading and running it is fine, changing it is not.
     """
 
     program: Program
@@ -308,6 +310,7 @@ class PassContext:
     computed: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
     diagnostics: list[Diagnostic] = field(default_factory=list)
+    original: Program | None = None
 
     def analysis(self, wanted: Analysis[R] | type[Analysis[R]]) -> R:
         """An analysis' result for the program as it is now, from the cache where it is valid."""

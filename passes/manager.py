@@ -124,7 +124,9 @@ class PassManager:
         """
         if isinstance(calibration, Iterator):
             calibration = list(calibration)
-        context = PassContext(program.copy(), "", calibration, loss, seed, progress)
+        context = PassContext(
+            program.copy(), "", calibration, loss, seed, progress, original=program
+        )
         return _Run(self, context).run()
 
     def __str__(self) -> str:
@@ -228,7 +230,13 @@ class _Run:
     def _new_context(self, item: Pass) -> None:
         old = self.context
         self.context = PassContext(
-            self.program, item.spec(), old.calibration, old.loss, old.seed, old.progress
+            self.program,
+            item.spec(),
+            old.calibration,
+            old.loss,
+            old.seed,
+            old.progress,
+            original=old.original,
         )
 
     def _step(self, position: int, item: Pass) -> None:

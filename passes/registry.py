@@ -37,18 +37,31 @@ __all__ = [
 ENTRY_POINTS = "torchlathe.passes"
 
 TABLE = {
+    "distill": "torchlathe.passes.tune.distill:Distill",
     "erase-operators": "torchlathe.passes.rewrite.branches.erase_operators:EraseOperators",
     "expert-layers": "torchlathe.passes.analysis.experts:ExpertLayers",
     "fit-layer-basis": "torchlathe.passes.rewrite.sharing.fit_layer_basis:FitLayerBasis",
+    "fuse-kernels": "torchlathe.passes.rewrite.lowering.fuse_kernels:FuseKernels",
+    "heal": "torchlathe.passes.tune.heal:Heal",
     "hessian-sensitivity": "torchlathe.passes.analysis.curvature:HessianSensitivity",
+    "insert-adapters": "torchlathe.passes.rewrite.tensor_networks.insert_adapters:InsertAdapters",
+    "kronecker-split": "torchlathe.passes.rewrite.tensor_networks.kronecker_split:KroneckerSplit",
     "low-rank-split": "torchlathe.passes.rewrite.factorising.low_rank:LowRankSplit",
     "merge-experts": "torchlathe.passes.rewrite.experts.merge_experts:MergeExperts",
+    "permute-channels": "torchlathe.passes.rewrite.sparsifying.permute_channels:PermuteChannels",
     "prune-experts": "torchlathe.passes.rewrite.experts.prune_experts:PruneExperts",
+    "quantize": "torchlathe.passes.rewrite.quantising.quantize:Quantize",
+    "quantize-cores": "torchlathe.passes.rewrite.tensor_networks.quantize_cores:QuantizeCores",
     "reorder-linear": "torchlathe.passes.rewrite.reordering.reorder_linear:ReorderLinear",
     "segments": "torchlathe.passes.analysis.segments:Segments",
     "share-parameters": "torchlathe.passes.rewrite.sharing.share_parameters:ShareParameters",
     "sharing-coloring": "torchlathe.passes.analysis.sharing.coloring:SharingColoring",
+    "sparse-train": "torchlathe.passes.tune.sparse_train:SparseTrain",
+    "sparsify-nm": "torchlathe.passes.rewrite.sparsifying.sparsify_nm:SparsifyNM",
     "structured-erase": "torchlathe.passes.rewrite.erasing.structured_erase:StructuredErase",
+    "tensor-train-split": (
+        "torchlathe.passes.rewrite.tensor_networks.tensor_train_split:TensorTrainSplit"
+    ),
     "zero-invariant-groups": "torchlathe.passes.analysis.families:ZeroInvariantGroups",
 }
 

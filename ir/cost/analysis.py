@@ -199,8 +199,16 @@ def _parameter_sizes(program: Program) -> dict[fx.Node, int]:
         assert name is not None
         entry = program.entries[name]
         if entry.kind is TensorKind.PARAMETER:
-            sizes[node] = entry.tensor.numel()
+            sizes[node] = _elements(node, entry.tensor)
     return sizes
+
+
+def _elements(node: fx.Node, tensor: torch.Tensor) -> int:
+    """Elements of a parameter; of one that is packed, the numbers and not the bytes."""
+    for user in node.users:
+        if str(user.target) == "torchlathe.dequantize.default" and user.args[0] is node:
+            return int(user.meta["val"].numel())
+    return tensor.numel()
 
 
 def _state_bytes(program: Program) -> int:

@@ -162,6 +162,15 @@ _CONVOLUTION_OPS = (
     "convolution",
     "_convolution",
 )
+# Linear layers of stored numbers; bias, activation and residual are not counted, as elsewhere.
+_FUSED_LINEAR = (
+    "w4a16_cpu_linear",
+    "w4a16_linear",
+    "w4a8_linear",
+    "w8a16_cpu_linear",
+    "w8a16_linear",
+    "w8a8_linear",
+)
 
 FLOPS: dict[str, Callable[[Call], Extent]] = {
     "aten::linear": _product_of("input"),
@@ -182,6 +191,8 @@ FLOPS: dict[str, Callable[[Call], Extent]] = {
     "aten::_scaled_grouped_mm": _grouped_mm,
     "aten::_weight_int8pack_mm": _FIRST,
     "aten::_weight_int4pack_mm": _FIRST,
+    "aten::_weight_int4pack_mm_for_cpu": _FIRST,
+    **{f"torchlathe::{name}": _product_of("x") for name in _FUSED_LINEAR},
     "aten::tensordot": _tensordot,
     "aten::einsum": _einsum,
     "aten::bilinear": _bilinear,

@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,16 +106,20 @@ class LatencyTable:
 
     # -- asking --------------------------------------------------------------------------------
 
-    def program(self, program: Program) -> ProgramLatency:
+    def program(self, program: Program, *, only: Container[str] | None = None) -> ProgramLatency:
         """The sum over a program's nodes at the sizes of its example inputs, unscaled.
 
         What is missing is measured first, and the table saved; but not for a program without
         values, which is too large to be run here, or meant for another machine.
 
+        Args:
+            program: The program.
+            only: Names of the nodes that are asked about; by default all.
+
         Raises:
             InputError: An extent depends on data.
         """
-        calls = dict(_calls(program))
+        calls = {name: c for name, c in _calls(program) if only is None or name in only}
         missing = [c for c in dict.fromkeys(calls.values()) if key_of(c) not in self.entries]
         if self.measure and missing and cannot_run(program) is None:
             self.fill(missing)

@@ -19,6 +19,7 @@ TABLE = {
     "l2": "torchlathe.passes.importance.weights:L2",
     "lamp": "torchlathe.passes.importance.weights:Lamp",
     "random": "torchlathe.passes.importance.weights:Random",
+    "sensitivity": "torchlathe.passes.importance.curvature:SensitivityCost",
     "taylor": "torchlathe.passes.importance.gradients:Taylor",
     "wanda": "torchlathe.passes.importance.activations:Wanda",
 }

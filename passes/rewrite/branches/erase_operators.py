@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 from torchlathe.ir import InputError, OptionError, Program, module_path
 from torchlathe.passes.analysis.branches import Branch
 from torchlathe.passes.analysis.segments import SegmentGraph, Segments
-from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.options import did_you_mean
 from torchlathe.passes.quantities import COUNT, Quantity, quantity
 from torchlathe.passes.rewrite.branches.choice import Aim, Chosen, choose_branches, per_cost
-from torchlathe.passes.rewrite.branches.leave_out import erase_branches
+from torchlathe.passes.rewrite.branches.leave_out import erase_branches, zeroed_by
 from torchlathe.passes.rewrite.branches.liveness import Liveness
 from torchlathe.passes.rewrite.branches.scores import CRITERIA, branch_scores, resolved
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
 
 __all__ = ["EraseOperators"]
 
@@ -35,6 +36,7 @@ class EraseOperators(RewritePass):
     name: ClassVar[str] = "erase-operators"
     requires: ClassVar = (Segments,)
     exactness: ClassVar[Exactness] = Exactness.EXACT
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     sparsity: float | None = field(
         default=None, metadata={"help": "share of the model's parameters to erase, in [0, 1)"}
@@ -79,6 +81,10 @@ class EraseOperators(RewritePass):
         default=False,
         metadata={"help": "also erase what holds another constant than zero, and keep that"},
     )
+    zeros: bool = field(
+        default=False,
+        metadata={"help": "erase just the branches that training made zero, as H2SPG does"},
+    )
 
     def __post_init__(self) -> None:
         """Refuse impossible options.
@@ -88,6 +94,11 @@ class EraseOperators(RewritePass):
         """
         super().__post_init__()
         how_much = [n for n in ("sparsity", "params", "flops", "count") if self._given(n)]
+        if self.zeros and (how_much or self.keep_at_least):
+            name = [*how_much, "keep_at_least"][0]
+            raise OptionError(
+                f"{name} does not go with zeros, which erases just what is zero", where=self.name
+            )
         if len(how_much) > 1:
             raise OptionError(
                 f"{' and '.join(how_much)} all say how much to erase",
@@ -137,9 +148,15 @@ class EraseOperators(RewritePass):
         if not branches:
             diagnostics.append(Diagnostic("warning", "there is no branch that may be erased"))
             return PassResult(False, statistics, diagnostics)
-        aim = self._aim(program)
-        importance: Any = resolved(self.importance, branches)
-        scores = branch_scores(program, branches, importance, ctx)
+        if self.zeros:
+            branches = [branch for branch in branches if _is_zero(program, branch)]
+        aim = self._aim(program) if not self.zeros else Aim("count", len(branches))
+        importance: Any = "zeros" if self.zeros else resolved(self.importance, branches)
+        scores = (
+            dict.fromkeys(branches, 0.0)
+            if self.zeros
+            else branch_scores(program, branches, importance, ctx)
+        )
         liveness = Liveness(program, graph, _flops(program))
         ranks = scores
         if importance in ("output-change", "taylor") and aim.measure != "count":
@@ -152,7 +169,7 @@ class EraseOperators(RewritePass):
             "erased_branches": len(chosen.branches),
             "erased_parameters": liveness.parameters,
         }
-        diagnostics += _told(chosen, scores, aim)
+        diagnostics += [] if self.zeros else _told(chosen, scores, aim)
         if not chosen.branches:
             return PassResult(False, statistics, diagnostics)
         reference = erase_branches(program, chosen.branches, by=ctx.spec)
@@ -207,6 +224,17 @@ class EraseOperators(RewritePass):
                 text = f"left alone, since {reason}"
                 diagnostics.append(Diagnostic("note", text, name=branch.name))
         return chosen, diagnostics
+
+
+def _is_zero(program: Program, branch: Branch) -> bool:
+    """Whether all is zero that is zero in the model that is equal without a branch."""
+    slices = zeroed_by(program, [branch]).slices
+    for name, axes in slices.items():
+        tensor = program.entries[name].tensor.detach()
+        for axis, indices in axes.items():
+            if tensor.index_select(axis, indices.to(tensor.device)).any():
+                return False
+    return bool(slices)
 
 
 def _names(branch: Branch) -> Iterator[str]:

@@ -12,13 +12,14 @@ from torchlathe.ir import OptionError, PreconditionError, Program
 from torchlathe.ir.cost.latency import LatencyTable
 from torchlathe.ir.fakes import valueless
 from torchlathe.passes.analysis.families import ZeroInvariantGroups
-from torchlathe.passes.base import Exactness, PassContext, PassResult, RewritePass
+from torchlathe.passes.base import Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.importance import Criterion, criterion_names, get_criterion, need_values
 from torchlathe.passes.quantities import Quantity
 from torchlathe.passes.rewrite.allocation.budgets import Ramp, budgets
 from torchlathe.passes.rewrite.allocation.ladders import Floors
 from torchlathe.passes.rewrite.erasing.choosing import Choice
 from torchlathe.passes.rewrite.erasing.run import EraseRun
+from torchlathe.passes.rewrite.quantising.facts import Unpacked
 
 __all__ = ["StructuredErase"]
 
@@ -46,6 +47,7 @@ class StructuredErase(RewritePass):
     name: ClassVar[str] = "structured-erase"
     requires: ClassVar = (ZeroInvariantGroups,)
     exactness: ClassVar[Exactness] = Exactness.EXACT
+    needs: ClassVar[tuple[type[Fact], ...]] = (Unpacked,)
 
     sparsity: float | dict[str, float] | None = field(
         default=None,
