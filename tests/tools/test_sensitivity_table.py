@@ -109,29 +109,39 @@ def test_inspect_refuses(
 
 
 def test_the_page_says_where_the_target_is_missed() -> None:
-    row = {"net": "a net", "kind": "erase", "changes": 9, "exact_changes": 3, "median_change": 1e-3}
+    row = {
+        "net": "a net",
+        "kind": "erase",
+        "changes": 9,
+        "whole_changes": 9,
+        "exact_changes": 3,
+        "drawn_vectors": 64,
+        "median_change": 1e-3,
+    }
     low = {**row, **dict.fromkeys(METHODS, 0.8)}
     high = {**row, **dict.fromkeys(METHODS, 0.95)}
     head = {"cpu": "a machine", "threads": 1, "torch": "2.13"}
-    cost = {
+    timed = {
         "parameters": 110e6,
-        "batches": 2,
         "batch": [4, 64],
         "options": "hessian-sensitivity",
         "samples": 8,
-        "training_s": [1.0, 2.0],
-        "batches_s": [2.0, 4.0],
-        "capture_s": 3.0,
-        "setup_s": 0.1,
-        "ratio": 2.5,
-        "ratio_unprobed": 2.0,
-        "ratio_probed": 4.0,
-        **{f"{what}_peak_bytes": 2**30 for what in ("training", "sensitivity", "capture")},
+        "training_s": [1.0, 1.0],
+        "plain_s": [2.0],
+        "probed_s": [4.0],
+        "capture_s": [3.0],
+        "setup_s": [0.0],
+        "peak": 2**31,
     }
+    # (56 batches at 2 s and 8 at 4 s) to 64 steps of 1 s
+    limits = {str(2**31): timed, str(2**28): {"peak": 2**29}}
+    cost = {"peaks": {"training": 2**30}, "limits": limits}
     page = sensitivity_page.measured({**head, "rows": [low, high], "cost": cost})
     assert "*0.800*" in page
-    assert "below it for: a net, erase (0.800)" in page
-    assert "take **2.50** times as long" in page
+    assert "default is below 0.9 for: a net, erase (0.800)" in page
+    assert "below it for:\na net, erase (0.800)" in page
+    assert "| **2.25** | 2.00 GiB |" in page
+    assert "| sensitivity, `limit_bytes` 256 MiB |  |  |  |  |  | 512 MiB |" in page
     good = sensitivity_page.measured({**head, "rows": [high], "cost": None})
     assert "in every row" in good
     old = f"a\n{sensitivity_page.BEGIN}\nold\n{sensitivity_page.END}\nb\n"

@@ -30,6 +30,7 @@ from torchlathe.passes.analysis.curvature import (
     quantise_delta,
     tie_delta,
 )
+from torchlathe.passes.analysis.curvature.drawn import VECTORS
 from torchlathe.passes.analysis.curvature.sensitivity import Method
 from torchlathe.tools.bench.machine import machine
 from torchlathe.tools.bench.memory import PeakMemory
@@ -188,6 +189,7 @@ def prediction_rows(case: Case) -> Iterator[dict[str, Any]]:
             "loss": base,
             "median_change": median(abs(row["measured"]) for row in rows),
             "analysis_seconds": seconds,
+            "drawn_vectors": VECTORS,
         }
         for method in METHODS:
             usable = [row for row in rows if method in row]
@@ -342,10 +344,9 @@ def add_cost(
         old[key] = value
     yield known
     peaks = known.setdefault("peaks", {})
-    for what in ("capture", "training"):
-        if what not in peaks:
-            peaks[what] = memory_bytes(what, size, {}, threads)
-            yield known
+    if "training" not in peaks:
+        peaks["training"] = memory_bytes("training", size, {}, threads)
+        yield known
     if "peak" not in old:
         old["peak"] = memory_bytes("sensitivity", size, options, threads)
         yield known

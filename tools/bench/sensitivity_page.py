@@ -28,6 +28,7 @@ nets are trained in the benchmark; their loss is the cross-entropy on 256 traini
 not stationary. MiniLM is the pretrained sentence encoder on 12 English sentences of Python's
 documentation; its loss is the squared distance to its own embeddings, whose gradient is zero at the
 weights and whose Gauss-Newton matrix is its Hessian there. The factors have 8 draws per batch.
+`drawn` had {vectors}.
 `auto` is what is asked by default: `unit_costs` for units that are erased, `predict` for all else.
 `ggn` was tried on fewer changes where a second number is given for it, and `hessian` on as many as
 the last number says. *Change* is the median size of the measured change.
@@ -37,10 +38,17 @@ VERDICT = """\
 Numbers below 0.9 are in italics. {default} Of the methods that cost no run, `kfac` is below it for:
 {rows}.
 
-{third}Where `ggn` is at 0.9 or above and `kfac` is not, second order is enough and its stand-in
-is not: `kfac` and `diagonal` leave out the covariance between the tensors of a unit (a convolution
-and the norm behind it move the same output), and, for changes of one tensor, what a Kronecker
-product or a diagonal cannot hold; which of the two it is, was not measured apart.
+{large}{third}Where `ggn` is at 0.9 or above and `kfac` is not, second order is enough and its
+stand-in is not: `kfac` and `diagonal` leave out the covariance between the tensors of a unit (a
+convolution and the norm behind it move the same output), and, for changes of one tensor, what a
+Kronecker product or a diagonal cannot hold; which of the two it is, was not measured apart.
+"""
+
+LARGE = """\
+To erase a unit is not always a small change: of MiniLM's, some are predicted to cost twenty times
+what they do, and the whole Gauss-Newton matrix hardly ranks them better ({whole:.3f}). The same
+units shrunk by a tenth are ranked by {small:.3f}.
+
 """
 
 THIRD = """\
@@ -55,10 +63,9 @@ COST = """\
 A BERT-base classifier ({parameters} parameters, random weights) on batches of {batch} sentences of
 {tokens} tokens ({batches} of them, half with a probe of the Hessian), and as many training steps of
 AdamW of the model itself in the same process, without dropout. The options were
-`{options}`. Processor seconds, medians, for other programs ran on
-the machine. *Peak memory* is anonymous memory
-(what is in files can be written out) of a process that does this alone, on one batch with a probe;
-capture alone, with the model and the interpreter in it, takes {capture_peak} and {capture}.
+`{options}`. Processor seconds, on a machine where other programs ran.
+*Peak memory* is anonymous memory (what is in files can be written out) of a process that does this
+alone, on one batch with a probe, with the model and the interpreter in it.
 
 | | per batch | with a probe | to a training step | with a probe | 64 batches | peak memory |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -76,7 +83,9 @@ def measured(result: dict[str, Any]) -> str:
     Args:
         result: The content of the result file.
     """
-    parts = [INTRODUCTION.format(**result)]
+    used = {row["net"]: row["drawn_vectors"] for row in result["rows"]}
+    vectors = ", ".join(f"{number} vectors for {net}" for net, number in used.items())
+    parts = [INTRODUCTION.format(**result, vectors=vectors)]
     header = ["net", "changes", "number", "change", *METHODS]
     rows = [_row(row) for row in result["rows"]]
     parts += [_table(header, rows), _verdict(result["rows"])]
@@ -122,37 +131,41 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     if not low["kfac"]:
         return f"{default}\n"
     third = THIRD if any((row["hessian"] or 1.0) < 0.9 for row in rows) else ""
-    return VERDICT.format(rows=texts["kfac"], default=default, third=third)
+    erased = any(row["kind"].startswith("erase") for row in low["auto"])
+    large = ""
+    of = {row["kind"].partition(" ")[0]: row for row in rows if row["net"] == "MiniLM"}
+    if erased and "shrink" in of:
+        large = LARGE.format(small=of["shrink"]["auto"], whole=of["erase"]["ggn"])
+    return VERDICT.format(rows=texts["kfac"], default=default, third=third, large=large)
 
 
 def _cost(cost: dict[str, Any]) -> str:
     lines = []
     rows = sorted(cost["limits"].items(), key=lambda item: -int(item[0]))
     for limit, row in rows:
-        plain, probed, whole = ratios(row)
+        times = [""] * 5
+        if "plain_s" in row:
+            plain, probed, whole = ratios(row)
+            seconds = [seconds_text(median(row[key])) for key in ("plain_s", "probed_s")]
+            times = [*seconds, f"{plain:.2f}", f"{probed:.2f}", f"**{whole:.2f}**"]
         cells = [
             f"sensitivity, `limit_bytes` {bytes_text(int(limit))}",
-            seconds_text(median(row["plain_s"])),
-            seconds_text(median(row["probed_s"])),
-            f"{plain:.2f}",
-            f"{probed:.2f}",
-            f"**{whole:.2f}**",
+            *times,
             bytes_text(row["peak"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     first = rows[0][1]
-    steps = [seconds for _, row in rows for seconds in row["training_s"]]
+    timed = [row for _, row in rows if "plain_s" in row]
+    steps = [seconds for row in timed for seconds in row["training_s"]]
     return COST.format(
         parameters=count_text(first["parameters"]),
         batch=first["batch"][0],
         tokens=first["batch"][1],
         training=seconds_text(median(steps)),
-        capture=seconds_text(median(first["capture_s"])),
         options=first["options"],
         samples=first["samples"],
-        batches=" and ".join(str(len(row["plain_s"] + row["probed_s"])) for _, row in rows),
+        batches=" and ".join(str(len(row["plain_s"] + row["probed_s"])) for row in timed),
         training_peak=bytes_text(cost["peaks"]["training"]),
-        capture_peak=bytes_text(cost["peaks"]["capture"]),
         limits="\n".join(lines),
     )
 
