@@ -281,14 +281,13 @@ def test_biases_are_tied_where_that_is_asked_for() -> None:
 
 def test_the_common_bias_keeps_the_mean_of_the_results() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3)).double().eval()
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3))
+    model: Any = layers.double().eval()
     x = torch.randn(50, 4, dtype=torch.float64) + 1
     program = tl.capture(model, (x,))
     spec = "share-parameters{classes=1,biases=true,align=false}"
     result = shared(program, x, spec)
     assert result.aliases == {"2.weight": "0.weight", "2.bias": "0.bias"}
-    # Both layers have one curvature up to a factor of their outs, so that means are weighed alike
-    # only where those are equal; the least squares over both layers are unique in any case.
     weight, bias = result.tensor("0.weight"), result.tensor("0.bias")
     first, second = x, model[1](model[0](x))
     analysis = SharingColoring(classes=1, align=False)
@@ -297,7 +296,7 @@ def test_the_common_bias_keeps_the_mean_of_the_results() -> None:
     def cost(shift: Tensor) -> float:
         total = 0.0
         for rows, layer, name in ((first, model[0], "0.weight"), (second, model[2], "2.weight")):
-            moved = rows @ (weight - layer.weight).T + bias + shift - layer.bias
+            moved = rows @ (weight - layer.weight).T + bias + shift - layer.bias  # type: ignore[operator, union-attr]
             outputs = weighed[name].outputs
             assert outputs is not None
             total += float((moved.mean(0).square() * outputs).sum().detach())

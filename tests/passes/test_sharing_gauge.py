@@ -71,10 +71,9 @@ def test_curvature_decides_which_units_meet(seed: int, units: int, tensors: int)
     pairs = merging_costs(weights[0], weights[1], both)
     found = match_units(weights[0], weights[1], both).tolist()
     # The squares are sums of three, of which two may cancel.
-    close = {"rel": 1e-9, "abs": 1e-9}
-    assert float(pairs[range(units), found].sum()) == pytest.approx(cost(found), **close)
+    assert float(pairs[range(units), found].sum()) == pytest.approx(cost(found), rel=1e-9, abs=1e-9)
     best = min(cost(list(order)) for order in permutations(range(units)))
-    assert cost(found) == pytest.approx(best, **close)
+    assert cost(found) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
 def test_units_without_curvature_cost_nothing() -> None:

@@ -50,8 +50,9 @@ The pipeline of MC-SMoE: `merge-experts`, and then `low-rank-split{{share=0.6,re
 what the experts hold. *Merge to fewer* and *low rank alone* are of the same size, with one of the
 two halves: the first merges to 0.6 times as many experts, the second splits all eight. Parameters
 of the whole model are in per cent; perplexities are as above. MC-SMoE splits *after* merging
-because merged experts have a lower stable rank (|W|_F^2 / |W|_2^2): its mean over the matrices of
-all experts is {before:.1f} before and {after:.1f} after merging to 0.6 times as many.
+because it reports that merged experts have a lower stable rank (|W|_F^2 / |W|_2^2); here its mean
+over the matrices of all experts is {before:.1f} before and {after:.1f} after merging to 0.6 times
+as many.
 """
 
 # (what is claimed to be ahead, of what)
