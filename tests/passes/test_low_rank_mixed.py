@@ -197,7 +197,7 @@ def test_bytes_count_the_places_of_kept_rows() -> None:
 
 
 @pytest.mark.usefixtures("counting")
-@pytest.mark.parametrize("method", ["whitened-svd", "mixed"])
+@pytest.mark.parametrize("method", ["whitened-svd", "mixed,among=[whitened-svd,joint]"])
 def test_a_budget_of_time_is_kept(method: str) -> None:
     program = captured(decayed(Attention()), torch.randn(2, 10, 32))
     spec = f"low-rank-split{{method={method},latency=0.85,weigh=layer}}"

@@ -107,6 +107,7 @@ def _factors(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Ten
 def _ratio(
     x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, mode: str
 ) -> float:
+    torch._dynamo.reset()  # past its limit of shapes it would run the rest as they are
     dense: Any = _dense if mode == "eager" else torch.compile(_dense, dynamic=False)
     factors: Any = _factors if mode == "eager" else torch.compile(_factors, dynamic=False)
     with torch.no_grad():

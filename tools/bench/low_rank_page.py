@@ -53,8 +53,9 @@ A Llama of four layers, trained here on the text of `pydoc_data.topics`
 HEALED = """
 ### The character model before and after healing
 
-The same perplexity before and after `{heal}`, which refits every layer by least squares from the
-inputs that the compressed model has to the outputs that the original has; the same 16 batches.
+The same perplexity before and after `{heal}`: every layer is refitted by
+least squares, from the inputs that it has in the compressed model to the outputs that it had in the
+original, on the same 16 batches.
 """
 
 TIMES = """
@@ -74,8 +75,9 @@ same number of threads, by share of parameters kept and rows of the input.
 MEMORY = """
 ### Peak memory of a split
 
-Bytes by which the peak of the process rose during a split to half of stacks of equal layers of
-1024 x 1024 (`Calibration(..., limit_bytes=0)`), less those of the factors that it makes, in layers.
+By how much the anonymous memory of the process rose at its peak during a split to half of stacks of
+equal layers of 1024 x 1024, less the factors that it made, in layers of float32 (second moments are
+in memory-mapped files, `Calibration(..., limit_bytes=0)`). Work is in float64, on one layer.
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchlathe.passes.statistics import (
     collect_layers,
     readers_of,
 )
+from torchlathe.passes.statistics.moments import Moments
 from torchlathe.passes.statistics.running import flat_batches, need_data
 
 __all__ = ["Metrics", "collect_metrics"]
@@ -115,9 +116,35 @@ def collect_metrics(
     return Metrics(inputs, means, _usage(program, ctx, chosen))
 
 
+class _Seconds(Mapping[Site, torch.Tensor]):
+    """Second moments by site, each made when it is asked for; the last one is kept.
+
+    Sums of products may be in memory-mapped files: only one matrix at a time is in memory.
+    """
+
+    def __init__(self, moments: Mapping[Site, Sequence[Moments]]) -> None:
+        self._moments = moments
+        self._last: tuple[Site, torch.Tensor] | None = None
+
+    def __getitem__(self, site: Site) -> torch.Tensor:
+        if self._last is None or self._last[0] is not site:
+            parts = self._moments[site]
+            count = max(1, sum(part.count for part in parts))
+            self._last = None
+            total = _sum_of([part.products for part in parts if part.products is not None])
+            self._last = site, total / count
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+
 def _moments(
     program: Program, ctx: PassContext, sites: list[Site]
-) -> tuple[dict[Site, torch.Tensor], dict[Site, torch.Tensor]]:
+) -> tuple[Mapping[Site, torch.Tensor], dict[Site, torch.Tensor]]:
     """Second moments and means of what sites read; those that no reader covers are left out."""
     known = readers_of(program)
     plain = [site for site in sites if site.kind != "embedding"]
@@ -125,19 +152,22 @@ def _moments(
     if not wanted:
         return {}, {}
     layers = collect_layers(program, ctx, wanted)
-    seconds, means = {}, {}
+    moments: dict[Site, list[Moments]] = {}
+    means: dict[Site, torch.Tensor] = {}
     for site in plain:
         parts = [layers[call].inputs for call in site.calls if call in layers]
         if len(parts) != len(site.calls):
             continue
         count = sum(part.count for part in parts)
-        second = _sum_of([part.second * (part.count / count) for part in parts])
-        if second.shape != (site.groups, site.ins, site.ins):
+        if any(p.products is None for p in parts):
             continue
-        seconds[site] = second
+        shapes = {tuple(p.products.shape) for p in parts if p.products is not None}
+        if shapes != {(site.groups, site.ins, site.ins)}:
+            continue
+        moments[site] = parts
         if site.biased:
             means[site] = _sum_of([part.total for part in parts]) / count
-    return seconds, means
+    return _Seconds(moments), means
 
 
 def _sum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:

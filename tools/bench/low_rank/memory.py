@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from torchlathe.tools.bench.memory import PeakMemory
+
 __all__ = ["memory"]
 
 _WIDTH: Final = 1024
-_DEPTHS: Final = (4, 8, 16)
+_DEPTHS: Final = (4, 16)
+_MALLOC: Final = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def memory(console: Console) -> Iterator[dict[str, Any]]:
@@ -23,8 +27,10 @@ def memory(console: Console) -> Iterator[dict[str, Any]]:
     for method in ("svd", "whitened-svd"):
         for layers in _DEPTHS:
             command = [sys.executable, "-m", __name__, method, str(layers)]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            row = json.loads(text.splitlines()[-1])
+            # Freed blocks go back at once, so that what is measured is what is in use.
+            settings = os.environ | dict.fromkeys(_MALLOC, "65536")
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=settings)
+            row = json.loads(done.stdout.splitlines()[-1])
             console.print(f"{row}")
             yield row
 
@@ -43,9 +49,8 @@ def _measure(method: str, layers: int) -> dict[str, Any]:
     # One layer first, so that what is loaded and allocated once is there.
     warm = capture(nn.Sequential(nn.Linear(_WIDTH, _WIDTH, bias=False)), (x,))
     manager.run(warm, calibration=[x])
-    data = Calibration([x, x], limit_bytes=0)
-    after = manager.run(program, calibration=data)
-    record = after.history[-1]
+    with PeakMemory() as watched:
+        after = manager.run(program, calibration=Calibration([x, x], limit_bytes=0))
     factors = sum(p.numel() * p.element_size() for p in after.parameters.values())
     layer = 4 * _WIDTH * _WIDTH
     return {
@@ -53,7 +58,7 @@ def _measure(method: str, layers: int) -> dict[str, Any]:
         "layers": layers,
         "layer_bytes": layer,
         "factors_bytes": factors,
-        "peak_bytes": record.peak_memory,
+        "peak_bytes": watched.rise,
     }
 
 
