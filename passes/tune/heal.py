@@ -172,7 +172,7 @@ class _Healing:
         program, options = self.program, self.options
         before, now = program.copy(), self.stages[-1]
         trainer = self._trainer("distil")
-        ctx = replace(self.ctx, calibration=trainer.data.training_batches())
+        ctx = replace(self.ctx, calibration=trainer.batches.training_batches())
         names = choose_trainable(program, options.trainable, options.frozen)
         with program.edit(by=self.ctx.spec) as edit:
             self.fits = fit_layers(self.original, program, edit, ctx, trainable=names)

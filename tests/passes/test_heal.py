@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torchlathe as tl
 from tests.passes.test_training import worker
 from tests.passes.training_worker import NormNet, heal, make
 from torchlathe.ir import OptionError, PreconditionError
-from torchlathe.passes import Heal, PassManager
+from torchlathe.passes import Heal, PassManager, PassResult, RewritePass
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.tune.healing.alignment import (
     aligned_blocks,
@@ -329,3 +330,22 @@ def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
     for name, tensor in alone.parameters.items():
         # Sums over samples are taken in another order, and Adam divides by small ones.
         assert torch.allclose(found[name], tensor, atol=1e-4), name
+
+
+def test_passes_are_told_what_the_pipeline_was_given() -> None:
+    seen: list[Any] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Look(RewritePass):
+        """Remembers the original."""
+
+        name: ClassVar[str] = "look"
+
+        def run(self, program: tl.Program, ctx: PassContext) -> PassResult:
+            seen.append((ctx.original, program))
+            return PassResult(False)
+
+    program, _ = encoder()
+    PassManager([Look(), SPLIT, Look()]).run(program)
+    assert [original for original, _ in seen] == [program, program]
+    assert all(now is not program for _, now in seen)

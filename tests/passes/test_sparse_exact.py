@@ -14,7 +14,7 @@ from torch import nn
 import torchlathe as tl
 from tests.passes.stacked_unets import StackedUnets
 from tests.properties.random_nets import SOURCES, build, inputs, plans
-from tests.zoo.oracle import flat, in_float64, outputs, relative_error
+from tests.zoo.oracle import in_float64, outputs, relative_error
 from torchlathe.ir import InputError, OptionError
 from torchlathe.optim import H2SPG, HESSO
 from torchlathe.passes import Segments, ZeroInvariantGroups
@@ -111,15 +111,15 @@ def test_erased_is_trained_for_random_networks(source: str, data: st.DataObject)
     groups = tl.capture(model, args, kwargs).analysis(ZeroInvariantGroups)
     exact = [f for f in groups.prunable if f.exactness != "approximate"]
     assume(sum(f.extent - 1 for f in exact) > 0.5 * sum(f.extent for f in exact))
-    assume(any(p.requires_grad for p in model.parameters()))
+    model.requires_grad_()
     optimizer = HESSO(
-        groups, model, base=torch.optim.SGD, lr=1e-4, target_sparsity=0.5, keep_at_least=1,
+        groups, model, base=torch.optim.SGD, lr=1e-3, target_sparsity=0.5, keep_at_least=1,
         pruning_steps=3,
     )  # fmt: skip
     for _ in range(4):
-        loss = torch.stack([t.square().mean() for t in flat(model(*args, **kwargs))]).sum()
-        optimizer.zero_grad()
-        loss.backward()
+        # The networks are for inference alone; what trains them does not matter here.
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
         optimizer.step()
     assert int(optimizer.table.zero().sum()) >= optimizer.target == optimizer.zero_groups
     program = tl.capture(model, args, kwargs)

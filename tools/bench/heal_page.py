@@ -21,19 +21,21 @@ HEAD = """
 
 <!-- From here on written by `python -m torchlathe.tools.bench.heal_page`; do not edit. -->
 
-`python -m torchlathe.tools.bench.bench_heal` on {cpu}, {threads} thread, torch {torch}. The split
-is `{split}`. Times are CPU seconds of that thread, since other programs ran on the machine, and
-have everything of `heal` in them: fitting, training, the original's answers, and evaluations.
-*Share* is how much of what the split cost is back.
+`python -m torchlathe.tools.bench.bench_heal` on {cpu}, {threads} thread, torch {torch}, after
+`{split}`.
+Times are CPU seconds of that thread, since other programs ran on the machine, and have everything
+of `heal` in them: fitting, training, the original's answers, and evaluations. *Share* is how much
+of what the split cost is back. Steps are few, so that this says what a minute buys, not where
+healing ends.
 """
 
 MODELS: Final = {
     "character model": (
-        "Perplexity per character of 96 excerpts of text that no pass saw, by a decoder of four "
-        "layers; 48 batches of 8 excerpts of 64 characters to heal with, learning rate 0.001."
+        "Perplexity per character of 192 excerpts of text that no pass saw, by a decoder of four "
+        "layers;\n48 batches of 8 excerpts of 64 characters to heal with, learning rate 0.001."
     ),
     "MiniLM": (
-        "Mean cosine of the embeddings of 64 sentences that no pass saw to those of the original; "
+        "Mean cosine of the embeddings of 64 sentences that no pass saw to those of the original;\n"
         "192 sentences to heal with, learning rate 0.0001."
     ),
 }

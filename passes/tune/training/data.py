@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.utils import _pytree as pytree
@@ -70,7 +70,7 @@ class TrainingData:
         self._data = data.batches if isinstance(data, Calibration) else data
         self._shuffle = shuffle
         self._train: list[int] | None = None
-        if isinstance(self._data, Sequence):
+        if _indexable(self._data):
             self._train = list(range(len(self._data)))
         self._validation = self._choose_validation(validation, held_out)
 
@@ -82,7 +82,7 @@ class TrainingData:
         if self._data is None:
             self._warn("no data was given: the example inputs stand for it, also in evaluation")
             return None
-        if not isinstance(self._data, Sequence):
+        if not _indexable(self._data):
             return self._first_of_loader(held_out)
         count = round(held_out * len(self._data))
         if held_out and len(self._data) > 1:
@@ -117,7 +117,7 @@ class TrainingData:
 
     def training_batches(self) -> Iterable[Any] | None:
         """The batches to train on as they came, in order; None for the example inputs."""
-        if self._train is None or not isinstance(self._data, Sequence):
+        if self._train is None or not _indexable(self._data):
             return self._data
         return _Chosen(self._data, self._train)
 
@@ -133,7 +133,7 @@ class TrainingData:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
             mixed = torch.randperm(len(order), generator=generator).tolist()
             order = [order[i] for i in mixed]
-        assert isinstance(self._data, Sequence)
+        assert _indexable(self._data)
         return self._parts(_Chosen(self._data, order[skip:]))
 
     def held(self) -> Iterator[Part]:
@@ -146,9 +146,9 @@ class TrainingData:
         Args:
             hashed: From the text so far and a batch to a hash.
         """
-        if not isinstance(self._data, Sequence):
+        if not _indexable(self._data):
             return f"{type(self._data).__name__} of {self.count()}"
-        ends = [self._data[0], self._data[-1]] if len(self._data) else []
+        ends = [self._data[i] for i in sorted({0, len(self._data) - 1})] if len(self._data) else []
         return f"{len(self._data)} {''.join(hashed('', batch) for batch in ends)}"
 
     def _parts(self, data: Iterable[Any] | None) -> Iterator[Part]:
@@ -175,15 +175,22 @@ class TrainingData:
         return Part(pytree.tree_map(cut, plain), [cut(value) for value in flat], share)
 
 
+def _indexable(data: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether batches can be had by their numbers."""
+    if isinstance(data, Sequence):
+        return True
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "keys")
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """Items of a sequence, read when they are asked for."""
 
-    data: Sequence[Any]
+    batches: Sequence[Any]
     order: Sequence[int]
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.data[i] for i in self.order)
+        return (self.batches[i] for i in self.order)
 
     def __len__(self) -> int:
         return len(self.order)

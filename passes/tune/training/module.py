@@ -76,10 +76,12 @@ class TrainingModule(torch.nn.Module):
             for ours, theirs in zip(pieces, cut(training, starts, self._taps), strict=True)
         )
         self._places: dict[str, tuple[torch.nn.Module, str]] = {}
-        owners = self._owners(pieces)
+        self._place_tensors(program, self._owners(pieces), set(trainable))
+
+    def _place_tensors(self, program: Program, owners: dict[str, int], trainable: set[str]) -> None:
         for index, name in enumerate(program.entries):
             module = self.blocks[owners[name]] if name in owners else self
-            tensor = self._register(program, name, name in set(trainable))
+            tensor = self._register(program, name, name in trainable)
             if isinstance(tensor, torch.nn.Parameter):
                 module.register_parameter(f"t{index}", tensor)
             else:

@@ -139,6 +139,7 @@ class Trainer:
 
     Attributes:
         module: The program as a module; see `TrainingModule`.
+        batches: To train on, and to evaluate on.
         parameters: What is trained, by the names that the program has; DTensors if sharded.
         optimizer: Of `run`.
         step: Steps done so far.
@@ -168,7 +169,7 @@ class Trainer:
         self.objective, self.metrics, self.hooks = objective, metrics, tuple(hooks)
         self.device = device_of(program)
         self.processes = Processes(self.device)
-        self.data = TrainingData(
+        self.batches = TrainingData(
             program,
             ctx,
             held_out=options.held_out,
@@ -181,10 +182,20 @@ class Trainer:
         self.total = self._count_steps()
         self._every = options.evaluate_every or max(1, self.total // 10)
         self._key = key
-        names = choose_trainable(program, options.trainable, options.frozen)
+        self.module = self._make_module(taps, local)
+        self.parameters = self.module.trainable()
+        self._make = optimizer
+        self._best: dict[str, torch.Tensor] = {}
+        self._now = _Progress()
+        self._epoch_random = torch.get_rng_state()
+        self._resumed_random: Mapping[str, torch.Tensor] | None = None
+
+    def _make_module(self, taps: Sequence[str], local: bool) -> TrainingModule:
+        options = self.options
+        names = choose_trainable(self.program, options.trainable, options.frozen)
         with torch.inference_mode(False):
-            self.module = TrainingModule(
-                program,
+            module = TrainingModule(
+                self.program,
                 names,
                 taps=taps,
                 batch_norm=options.batch_norm,
@@ -193,13 +204,8 @@ class Trainer:
                 recompute=options.recompute,
                 local=local,
             )
-            self.processes.shard(self.module, self.module.blocks)
-        self.parameters = self.module.trainable()
-        self._make = optimizer
-        self._best: dict[str, torch.Tensor] = {}
-        self._now = _Progress()
-        self._epoch_random = torch.get_rng_state()
-        self._resumed_random: Mapping[str, torch.Tensor] | None = None
+            self.processes.shard(module, module.blocks)
+        return module
 
     @property
     def step(self) -> int:
@@ -209,7 +215,7 @@ class Trainer:
     def _count_steps(self) -> int:
         if self.options.steps is not None:
             return self.options.steps
-        count = self.data.count()
+        count = self.batches.count()
         if count is None:
             raise PreconditionError(
                 f"{self.ctx.spec}: the data does not tell how many batches it has",
@@ -339,7 +345,7 @@ class Trainer:
             if (state := self._resumed_random) is not None:
                 torch.set_rng_state(state["epoch"])
             self._epoch_random = torch.get_rng_state()
-            parts = self.data.epoch(now.epoch, now.position)
+            parts = self.batches.epoch(now.epoch, now.position)
             if state is not None:
                 self._restore_random(state)
             self._resumed_random = None
@@ -363,7 +369,7 @@ class Trainer:
         sums: dict[str, float] = {}
         count = 0
         with torch.no_grad():
-            for part in self.data.held():
+            for part in self.batches.held():
                 with self._autocast():
                     forward = self._forward(part, training=False)
                     found = {"loss": float(self._loss(forward))}
@@ -429,7 +435,7 @@ class Trainer:
     def _checkpoint(self) -> Checkpoint:
         options = replace(self.options, checkpoint=None, save_every=1)
         about = [state_key(self.program, [repr(options), self._key, str(self.ctx.seed)])]
-        about.append(self.data.digest(batch_digest))
+        about.append(self.batches.digest(batch_digest))
         folder = self.options.checkpoint
         assert folder is not None
         return Checkpoint(folder, about)
