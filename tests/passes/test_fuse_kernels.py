@@ -57,6 +57,9 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 # Of fp32, products of int8 are exact, and the rest is the order of sums. In bf16 the fused op
 # rounds once where the layers round after each op: a few of its 2**-8.
 EXACT, HALF = 2e-6, 0.02
+# A norm that rounds to fp8 itself does not round to bf16 first: some numbers are the next of fp8's,
+# an eighth away.
+FP8 = 0.05
 
 CASES = [
     ("w8a8", torch.float32, "cpu", "w8a8_linear"),
@@ -91,7 +94,8 @@ def test_one_op_stands_for_each_layer(
     assert fused.history[-1].statistics["with_epilogue"] == 2
     with torch.no_grad():
         wanted, found = logical.run(x), fused.run(x)
-    assert far(found, wanted) < (EXACT if dtype == torch.float32 else HALF)
+    half = FP8 if scheme == "fp8" else HALF
+    assert far(found, wanted) < (EXACT if dtype == torch.float32 else half)
     # FLOPs are those of the layers, whatever op computes them.
     assert fused.cost().flops_at() == program.cost().flops_at()
 

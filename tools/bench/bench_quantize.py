@@ -78,8 +78,8 @@ def minilm(console: Console, done: set[str]) -> Iterator[dict[str, Any]]:
         found = compare_embeddings(before, embed(model, tokenizer, test), test)
         return {"cosine": found.cosine, "worst": found.worst_cosine}
 
-    yield from _ours(program, batches, _contestants(0.62), score, console, done)
     yield from _peer(encoder, score, console, done)
+    yield from _ours(program, batches, _contestants(0.62), score, console, done)
 
 
 def characters(console: Console, done: set[str]) -> Iterator[dict[str, Any]]:
@@ -96,8 +96,8 @@ def characters(console: Console, done: set[str]) -> Iterator[dict[str, Any]]:
 
     if "original" not in done:
         yield {"contestant": "original", "spec": "", "bits": 32.0, **score(model)}
-    yield from _ours(program, data, _contestants(0.2), score, console, done)
     yield from _peer(model, score, console, done)
+    yield from _ours(program, data, _contestants(0.2), score, console, done)
 
 
 def _ours(
@@ -139,8 +139,8 @@ def _peer(
     done: set[str],
 ) -> Iterator[dict[str, Any]]:
     try:
-        import torchao  # type: ignore[import-not-found]
-        from torchao.quantization import (  # type: ignore[import-not-found]
+        import torchao
+        from torchao.quantization import (
             Int8DynamicActivationInt8WeightConfig,
             Int8WeightOnlyConfig,
             IntxWeightOnlyConfig,
@@ -240,6 +240,7 @@ def speeds(console: Console, layers: int, sizes: list[tuple[int, int]]) -> Itera
                 "to_bf16": found["bf16"] / value,
                 "error": float((outputs[name] - reference).norm() / reference.norm()),
                 "layers": layers,
+                "threads": torch.get_num_threads(),
             }
             console.print(f"{row}")
             yield row

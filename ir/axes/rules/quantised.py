@@ -53,7 +53,7 @@ class Dequantize(Rule):
         return ax.terms(zeros) if isinstance(zeros, fx.Node) else ()
 
     def flow(self, node: fx.Node, flow: Flow) -> Values:
-        """A scale of zero makes zeros, and so does the number zero where no zero point shifts it."""
+        """A scale of zero makes zeros, and so does the number zero without a zero point."""
         values, scales = argument(node, "values"), argument(node, "scales")
         symmetric = not isinstance(argument(node, "zeros"), fx.Node)
         # The bits of other formats are no numbers: what is zero there is not known.

@@ -91,7 +91,7 @@ class Maker:
         import operator
 
         assert layer.activations is not None
-        data = self.now(layer.data)
+        data = self.now(layer.operand)
         key = (data, layer.activations)
         if key not in self._tokens:
             before = layer.call.args[0]
@@ -223,7 +223,7 @@ def _write_int8pack(maker: Maker, layer: Layer) -> fx.Node:
         layer, "scale_row", lambda: [_scales(maker, layer, layer.dtype)[0].contiguous()]
     )
     return maker.call(
-        layer, ops.w8a16_cpu_linear.default, maker.now(layer.data), layer.node("values"), scales,
+        layer, ops.w8a16_cpu_linear.default, maker.now(layer.operand), layer.node("values"), scales,
         layer.bias, maker.now(layer.residual), layer.activation,
     )  # fmt: skip
 
@@ -237,7 +237,7 @@ def _write_int4pack(maker: Maker, layer: Layer) -> fx.Node:
         ),
     )  # fmt: skip
     return maker.call(
-        layer, ops.w4a16_cpu_linear.default, maker.now(layer.data), *weight,
+        layer, ops.w4a16_cpu_linear.default, maker.now(layer.operand), *weight,
         layer.bias, maker.now(layer.residual), layer.shape[0], layer.group,
         w4_cpu.capability(), layer.activation,
     )  # fmt: skip
@@ -251,7 +251,7 @@ def _write_w8a16(maker: Maker, layer: Layer) -> fx.Node:
         ),
     )  # fmt: skip
     return maker.call(
-        layer, ops.w8a16_linear.default, maker.now(layer.data), *weight,
+        layer, ops.w8a16_linear.default, maker.now(layer.operand), *weight,
         layer.bias, maker.now(layer.residual), layer.shape[0], layer.activation,
     )  # fmt: skip
 
@@ -265,7 +265,7 @@ def _write_w4a16(maker: Maker, layer: Layer) -> fx.Node:
         ),
     )  # fmt: skip
     return maker.call(
-        layer, ops.w4a16_linear.default, maker.now(layer.data), *weight,
+        layer, ops.w4a16_linear.default, maker.now(layer.operand), *weight,
         layer.bias, maker.now(layer.residual), layer.shape[0], layer.group, layer.activation,
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ class Layer:
         call: The linear layer (or another reader) itself.
         kind: ``"linear"``, or the name of the op that is something else.
         weight: The node that dequantises.
-        data: Its input, before rounding.
+        operand: Its input, before rounding.
         activations: Format that the input is rounded to, or None.
         bias: Node of the bias, or None.
         activation: What follows, as fused ops call it.
@@ -47,7 +47,7 @@ class Layer:
     call: fx.Node
     kind: str
     weight: fx.Node
-    data: fx.Node
+    operand: fx.Node
     activations: str | None
     bias: fx.Node | None
     activation: str
@@ -74,7 +74,7 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """Of the input."""
-        kind: torch.dtype = self.data.meta["val"].dtype
+        kind: torch.dtype = self.operand.meta["val"].dtype
         return kind
 
     def node(self, part: str) -> fx.Node | None:
@@ -138,7 +138,7 @@ def _layer(call: fx.Node, weight: fx.Node, sizes: Any, order: dict[fx.Node, int]
         call=call,
         kind="linear" if plain else str(call.target),
         weight=weight,
-        data=data,
+        operand=data,
         activations=activations,
         bias=bias if isinstance(bias, fx.Node) else None,
         activation=activation,

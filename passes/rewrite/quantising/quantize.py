@@ -193,6 +193,7 @@ class Quantize(RewritePass):
             embeddings=self.embeddings,
             where=self.name,
         )
+        left = {name: reason.replace("splits", "quantises") for name, reason in left.items()}
         if self.balance != "none":
             need_data(ctx, "scales are chosen by its channels")
         if self.method == "gptq":

@@ -73,6 +73,7 @@ def write(
     products = [user for user in users if user.target is not aten.embedding.default] or users
     first = min(products, key=place.__getitem__)
     plain = stored.group == 0 and stored.values.shape[1] == stored.columns and not site.transposed
+    plain = plain and site.kind != "experts"
     shape = site.shape if plain else tuple(stored.values.shape)
     written = Written(site, {}, shape)
     if plain:
