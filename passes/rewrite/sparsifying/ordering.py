@@ -92,8 +92,8 @@ def _swap(order: Tensor, ones: Tensor, others: Tensor, seen: Tensor, keep: int) 
     # Rounding alone must not make columns move to and fro.
     moved = best > 1e-6 * before
     a, b = ones[moved], others[moved]
-    i, j = which[moved] // span, which[moved] % span
-    order[a, i], order[b, j] = order[b, j], order[a, i]
+    mine, theirs = which[moved] // span, which[moved] % span
+    order[a, mine], order[b, theirs] = order[b, theirs], order[a, mine]
 
 
 def _kept(groups: Tensor, keep: int) -> Tensor:
