@@ -155,6 +155,6 @@ def product_case(
 
 
 def _product() -> Any:
-    from torchlathe.kernels.blocks.product import product
+    from torchlathe.kernels.product.triton import product
 
     return product

@@ -186,7 +186,7 @@ def launch(
     Returns:
         (tokens or slots, out).
     """
-    from torchlathe.kernels.blocks.product import product
+    from torchlathe.kernels.product.triton import product
 
     weight, scales, zeros = packed.weight, packed.scales, packed.zeros
     x = widened(x, packed.columns)

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,assignment,call-arg,misc"
+# Packed weights are tuples that are spread over arguments.
 """Experts with 8-bit weights, and where results go."""
 
 from typing import Any

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,assignment,call-arg,misc"
+# Packed weights are tuples that are spread over arguments.
 """Gated MLPs: the rows of a gate and of what it gates in one product."""
 
 import pytest

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,assignment,call-arg,misc"
+# Packed weights are tuples that are spread over arguments.
 """Low-rank terms beside quantised weights, and the product of two factors alone."""
 
 from typing import Any

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,assignment,call-arg,misc"
+# Packed weights are tuples that are spread over arguments.
 """Two zeros in each four weights: dense, unless a table says that the library is faster."""
 
 import pytest

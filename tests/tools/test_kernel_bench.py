@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_gemlites_layer(monkeypatch, caplog) -> None:
         def __call__(self, x):
             return (x.float() @ self.weight.T).half()
 
-    core = types.ModuleType("gemlite.core")
+    core: Any = types.ModuleType("gemlite.core")
     core.DType = types.SimpleNamespace(FP16="fp16")
     core.GemLiteLinear = Layer
     monkeypatch.setitem(sys.modules, "gemlite", types.ModuleType("gemlite"))

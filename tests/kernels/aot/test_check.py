@@ -37,7 +37,7 @@ def test_the_control_breaks_limits() -> None:
 def test_a_missing_hint_is_noticed() -> None:
     """A stride of which nothing is known makes the loads narrow."""
     case = first("w4a16")
-    worse = replace(case, divisible=[n for n in case.divisible if n != "stride_words"])
+    worse = replace(case, divisible=[n for n in case.divisible if n != "stride_weight"])
     assert any(problem.startswith("loads of") for problem in check_case(worse, SM_90).problems)
 
 

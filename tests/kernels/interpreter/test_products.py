@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,assignment,call-arg,misc"
+# Packed weights are tuples that are spread over arguments.
 """Gated ends, low-rank terms, zero points and experts of all formats in Triton's interpreter."""
 
 from typing import Any

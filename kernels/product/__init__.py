@@ -1,0 +1,1 @@
+"""The one kernel that multiplies by packed weights of all formats."""
