@@ -196,11 +196,14 @@ class Batches:
     def __len__(self) -> int:
         return self.count // self.size
 
+    def __getitem__(self, number: int) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        tensors = [self._part(name, number * self.size) for name in self.order]
+        return dict(zip(self.order, tensors, strict=True)) if self.keywords else tuple(tensors)
+
     def __iter__(self) -> Iterator[Any]:
-        for number in range(len(self)):
-            start = number * self.size
-            tensors = [self._part(name, start) for name in self.order]
-            yield dict(zip(self.order, tensors, strict=True)) if self.keywords else tuple(tensors)
+        return (self[number] for number in range(len(self)))
 
     def _part(self, name: str, start: int) -> torch.Tensor:
         part = self.rows(name, start, min(start + self.size, self.count))

@@ -48,9 +48,9 @@ def test_planted_copies_compute_the_same_and_can_be_told() -> None:
         language, calibration=language.calibration[:1], test=language.test[:1]
     )
     planted = "clusters by weights, uniform budgets"
-    only = (planted, "prune (default)")
+    only = {planted, "prune (default)"}
     rows = {r["method"]: r for r in bench_experts.rows(language, 4.0, only)}
-    assert set(rows) == set(only)
+    assert set(rows) == only
     assert rows[planted]["pairs"] == 1.0
     whole = language.loss(language.model)
     # Copies, once aligned, are the same numbers; their mean differs by rounding in float32.

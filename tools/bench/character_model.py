@@ -99,7 +99,8 @@ def batches(
     count: int, size: int = 16, *, test: bool = False, seed: int = 0, context: int = CONTEXT
 ) -> Iterator[torch.Tensor]:
     """Excerpts of the text at random places, int64 (size, context), ``count`` times."""
-    source = corpus()[1 if test else 0]
+    seen, unseen, _ = corpus()
+    source = unseen if test else seen
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         starts = torch.randint(len(source) - context, (size, 1), generator=generator)

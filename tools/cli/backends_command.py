@@ -61,8 +61,7 @@ def _described(backend: Any) -> dict[str, Any]:
     cls: type = type(backend)
     text = inspect.getdoc(cls) or ""
     options = [
-        {"name": o.key, "type": o.type_text, "default": o.default_text}
-        for o in options_of(cls)
+        {"name": o.key, "type": o.type_text, "default": o.default_text} for o in options_of(cls)
     ]
     return {
         "name": backend.name,
