@@ -96,7 +96,8 @@ def _convert_arguments(args: Any, kwargs: Any, dtype: torch.dtype) -> tuple[Any,
     """Let casts and creations inside the graph follow the dtype of the run."""
 
     def convert(value: Any) -> Any:
-        if isinstance(value, torch.dtype) and value.is_floating_point:
+        # One of a byte says how numbers are stored, not what to compute in.
+        if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1:
             return dtype
         return value
 
