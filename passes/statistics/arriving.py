@@ -6,7 +6,7 @@ they are by then*.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,10 @@ class Arrival:
 
 
 def arrivals(
-    program: Program, batches: Sequence[Sequence[Any]], readers: Sequence[Reader]
+    program: Program,
+    batches: Sequence[Sequence[Any]],
+    readers: Sequence[Reader],
+    stops: Mapping[Reader, fx.Node] | None = None,
 ) -> Iterator[Arrival]:
     """The layers in order of execution; tensors may be changed before the next is asked for.
 
@@ -52,12 +55,15 @@ def arrivals(
         program: What to run.
         batches: Flat inputs of each batch.
         readers: The layers; convolutions have to be of those that `patches` takes.
+        stops: Of layers whose weight is computed, the first node that computes it, so that it is
+            computed from tensors as they are after the change.
     """
     run = LockstepRun(program, batches)
     place = {node: i for i, node in enumerate(program.graph.nodes)}
     last: tuple[object, torch.Tensor, int] | None = None
+    stops = stops or {}
     for reader in sorted(readers, key=lambda one: place[one.node]):
-        run.run_until(reader.node)
+        run.run_until(stops.get(reader, reader.node))
         # Layers that read the same value in the same way have the same moment.
         key = (reader.operand, _way(reader))
         if last is None or last[0] != key:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchlathe.ir import Error, OptionError
-from torchlathe.passes.rewrite.quantising.grids import fit_grid, quantised, relative_error
+from torchlathe.passes.rewrite.quantising.grids import fit_grid, quantised
+from torchlathe.passes.rewrite.quantising.rounding import Rounding
 from torchlathe.passes.rewrite.quantising.schemes import SCHEMES, scheme_of
-from torchlathe.passes.rewrite.quantising.sweep import Rounding, order_by_activity, sweep
+from torchlathe.passes.rewrite.sweeping.sweep import order_by_activity, relative_error, sweep
 
 INTEGERS = ("int8", "int4", "int2")
 

@@ -9,9 +9,10 @@ from torch import nn
 import torchlathe as tl
 from torchlathe.ir import InputError, OptionError
 from torchlathe.passes import SparsifyNM
-from torchlathe.passes.rewrite.quantising.grids import relative_error
-from torchlathe.passes.rewrite.sparsifying.patterns import parse_pattern
 from torchlathe.passes.rewrite.sparsifying.solving import solve
+from torchlathe.passes.rewrite.sweeping.masking import Masking
+from torchlathe.passes.rewrite.sweeping.patterns import parse_pattern
+from torchlathe.passes.rewrite.sweeping.sweep import relative_error, sweep
 from torchlathe.passes.statistics import readers_of
 from torchlathe.passes.statistics.arriving import arrivals
 
@@ -132,10 +133,7 @@ def test_the_sweep_is_the_best_update_for_its_last_column():
     weight, moment = correlated(5, 8)
     mask = torch.ones(5, 8, dtype=torch.bool)
     mask[:, 0] = False
-    from torchlathe.passes.rewrite.quantising.sweep import sweep
-    from torchlathe.passes.rewrite.sparsifying.solving import Masking
-
-    found = sweep(weight, moment, Masking(pattern("2:4"), (5, 8), mask), damping=1e-9)
+    found = sweep(weight, moment, Masking((5, 8), mask=mask), damping=1e-9)
     free = moment[1:, 1:]
     best = torch.linalg.solve(free, (moment[1:] @ weight.T)).T
     # The damping of 1e-9 is all that lies between them.
@@ -313,3 +311,53 @@ def test_relative_error_is_what_solve_tells():
     weight, moment = correlated(6, 8)
     one = solve(weight, moment, pattern("2:4"), "wanda")
     assert one.error == relative_error(weight, one.weight, moment)
+
+
+# -- with fewer bits ---------------------------------------------------------------------------
+
+
+def test_zeros_and_bits_in_one_sweep(net):
+    batches = data()
+    errors = {}
+    for name, text in {
+        "joint": "quantize{scheme=w4a16,group=0,method=gptq,pattern=2:4}",
+        "one after the other": "sparsify-nm,quantize{scheme=w4a16,group=0,method=gptq}",
+        "nearest": "sparsify-nm{method=magnitude},quantize{scheme=w4a16,group=0}",
+    }.items():
+        found = tl.PassManager(text).run(tl.capture(net, (batches[0],)), calibration=batches)
+        weights = [n for n in found.nodes if "dequantize.default" in str(n.target)]
+        assert len(weights) == 3
+        errors[name] = float((found.run(batches[-1]) - net(batches[-1])).detach().norm())
+        for node in weights:
+            weight = _dequantised(found, node)
+            if weight.shape[1] % 4 == 0:  # of convolutions the channels
+                channels = weight.movedim(1, -1).unflatten(-1, (-1, 4))
+                assert bool((channels != 0).sum(-1).le(2).all())
+    assert errors["joint"] < errors["nearest"]
+    assert errors["one after the other"] < errors["nearest"]
+
+
+def _dequantised(program, node):
+    """The weight as its reader has it."""
+    from torchlathe.ir.provenance import info
+
+    args = [program.tensor(info(a).tensor) if hasattr(a, "op") else a for a in node.args]
+    weight = node.target(*args)
+    (user,) = node.users
+    return weight.view(user.args[1]) if "view" in str(user.target) else weight
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "2:4"},
+        {"pattern": "block", "method": "gptq"},
+        {"pattern": "x", "method": "gptq"},
+    ],
+    ids=["nearest", "block", "none"],
+)
+def test_patterns_that_a_rounding_sweep_does_not_take(options):
+    from torchlathe.passes import Quantize
+
+    with pytest.raises(OptionError):
+        Quantize(**options)

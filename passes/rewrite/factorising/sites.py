@@ -78,6 +78,16 @@ class Site:
         """Extents of a convolution's kernel; empty for others."""
         return self.shape[2:] if self.kind == "convolution" else ()
 
+    @property
+    def channels(self) -> int:
+        """Columns of the matrix at one position of the kernel."""
+        return self.shape[1] if self.kind == "convolution" else self.ins
+
+    def channels_last(self, device: torch.device) -> torch.Tensor:
+        """The columns of a matrix, (ins,) int64, with the channels of each position in a row."""
+        columns = torch.arange(self.ins, device=device)
+        return columns.view(self.channels, -1).t().reshape(-1)
+
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """The parameter as (groups, outs, ins)."""
         if self.transposed:

@@ -28,7 +28,7 @@ from torchlathe.kernels.dequantize.formats import (
 )
 from torchlathe.kernels.dequantize.op import meaning
 
-__all__ = ["Clip", "Grid", "Quantised", "fit_grid", "quantised", "relative_error"]
+__all__ = ["Clip", "Grid", "Quantised", "fit_grid", "quantised"]
 
 Clip = Literal["none", "mse"]
 
@@ -212,23 +212,6 @@ def fit_grid(
         best = torch.where(better, loss, best)
         chosen = torch.where(better, share, chosen)
     return ranges.grid(chosen, columns, group)
-
-
-def relative_error(weight: Tensor, after: Tensor, moment: Tensor | None = None) -> float:
-    """Squared error of the outputs of a matrix, over their squares.
-
-    Args:
-        weight: (rows, columns).
-        after: What takes its place.
-        moment: (columns, columns) second moment of what it is multiplied with; None for white.
-    """
-    dtype = torch.float64 if moment is None else moment.dtype
-    old, gap = weight.to(dtype), after.to(dtype) - weight.to(dtype)
-    if moment is None:
-        whole, lost = old.square().sum(), gap.square().sum()
-    else:
-        whole, lost = ((m @ moment * m).sum() for m in (old, gap))
-    return max(0.0, float(lost)) / max(float(whole), torch.finfo(dtype).tiny)
 
 
 @dataclass(frozen=True)

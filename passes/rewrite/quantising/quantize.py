@@ -17,12 +17,14 @@ from torchlathe.passes.quantities import BYTES, quantity
 from torchlathe.passes.rewrite.factorising.sites import Site, chosen_sites, find_sites
 from torchlathe.passes.rewrite.quantising.balancing import Balance, balance
 from torchlathe.passes.rewrite.quantising.facts import Unpacked
-from torchlathe.passes.rewrite.quantising.grids import Clip, quantised, relative_error
+from torchlathe.passes.rewrite.quantising.grids import Clip, quantised
 from torchlathe.passes.rewrite.quantising.mixing import mix
 from torchlathe.passes.rewrite.quantising.rotating import rotate
 from torchlathe.passes.rewrite.quantising.schemes import SCHEMES, Scheme, scheme_of
 from torchlathe.passes.rewrite.quantising.streaming import Gptq, Job, Outcome, stream
 from torchlathe.passes.rewrite.quantising.writing import Written, matrix_of, write
+from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
+from torchlathe.passes.rewrite.sweeping.sweep import relative_error
 from torchlathe.passes.statistics import Reader, readers_of
 from torchlathe.passes.statistics.readers import unfolds
 from torchlathe.passes.statistics.running import need_data
@@ -136,6 +138,13 @@ class Quantize(RewritePass):
         default=True,
         metadata={"help": "of gptq: columns that the data excites most come first"},
     )
+    pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "of gptq: zeros in N of M neighbours, such as 2:4, chosen in the same sweep; "
+            "weights that are zero before stay so in any case"
+        },
+    )
     checkpoint: str | None = field(
         default=None,
         metadata={"help": "of gptq: folder for finished layers, to go on from when interrupted"},
@@ -161,12 +170,33 @@ class Quantize(RewritePass):
             )
         if self.bytes is not None:
             quantity(self.bytes, BYTES, name="bytes", where=self.name)
+        if self.pattern is not None:
+            self._check_pattern()
         if self.checkpoint is not None and self.method != "gptq":
             raise OptionError(
                 "checkpoint keeps the layers of method=gptq",
                 where=self.name,
                 hint="leave checkpoint out: rounding to nearest takes seconds",
             )
+
+    def _check_pattern(self) -> None:
+        if self.method != "gptq":
+            raise OptionError(
+                "pattern needs the sweep of method=gptq",
+                where=self.name,
+                hint="make zeros first: sparsify-nm, then quantize",
+            )
+        assert self._pattern is not None
+        if self._pattern.kind != "n:m":
+            raise OptionError(
+                f"the pattern {self.pattern} is not chosen in a sweep",
+                where=self.name,
+                hint="give N:M, or make zeros first: sparsify-nm, then quantize",
+            )
+
+    @property
+    def _pattern(self) -> Pattern | None:
+        return None if self.pattern is None else parse_pattern(self.pattern, 0.5, 32, self.name)
 
     @property
     def _scheme(self) -> Scheme:
@@ -270,7 +300,9 @@ class Quantize(RewritePass):
                 error = relative_error(weight, stored.dequantised(torch.float32))
                 written = write(edit, site, stored, scheme.activations, rounded)
                 seconds = time.perf_counter() - start
-                job = Job(written, weight, scheme, reader) if later and written.calls else None
+                job = None
+                if later and reader is not None and written.calls:
+                    job = Job(written, weight, scheme, reader)
                 layers.append(_Layer(site, scheme, written, error, stored.nbytes, seconds, job))
         return layers
 
@@ -279,7 +311,7 @@ class Quantize(RewritePass):
     ) -> dict[str, Outcome]:
         folder = None if self.checkpoint is None else usable_folder(self.checkpoint, "checkpoint")
         key = str(replace(self, checkpoint=None))
-        how = Gptq(self.damping, self.act_order, self.clip, folder, key)
+        how = Gptq(self.damping, self.act_order, self.clip, self._pattern, folder, key)
         jobs = [layer.job for layer in layers if layer.job is not None]
         if not jobs:
             return {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,20 @@ from torchlathe.passes.rewrite.quantising.grids import (
     Clip,
     Quantised,
     fit_grid,
-    relative_error,
     stacked,
 )
+from torchlathe.passes.rewrite.quantising.rounding import Rounding
 from torchlathe.passes.rewrite.quantising.schemes import Scheme
-from torchlathe.passes.rewrite.quantising.sweep import Rounding, order_by_activity, sweep
 from torchlathe.passes.rewrite.quantising.writing import DEQUANTIZE, Written, rewrite
-from torchlathe.passes.statistics import LockstepRun, Reader, patches
+from torchlathe.passes.rewrite.sweeping.masking import Masking
+from torchlathe.passes.rewrite.sweeping.patterns import Pattern
+from torchlathe.passes.rewrite.sweeping.sweep import order_by_activity, relative_error, sweep
+from torchlathe.passes.statistics import Reader
+from torchlathe.passes.statistics.arriving import arrivals
 from torchlathe.passes.statistics.running import flat_batches
 from torchlathe.passes.statistics.saving import batch_digest
 
 __all__ = ["Gptq", "Job", "Outcome", "stream"]
-
-# Up to so many columns a moment is kept in float64.
-_WIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Gptq:
         damping: Added to the diagonal of the moment, relative to its mean.
         act_order: Whether the columns that the data excites most come first.
         clip: How ranges are chosen.
+        pattern: N:M zeros to choose in the same sweep, or None.
         checkpoint: Folder that takes each finished layer, or None.
         key: What layers of another run cannot be told from by their weights: options.
     """
@@ -55,6 +56,7 @@ class Gptq:
     damping: float
     act_order: bool
     clip: Clip
+    pattern: Pattern | None
     checkpoint: Path | None
     key: str
 
@@ -67,13 +69,13 @@ class Job:
         written: Where its numbers are.
         weight: The floating matrix, (rows, columns).
         scheme: What it becomes.
-        reader: How its first call reads its input; None if that is not known.
+        reader: How its first call read its input.
     """
 
     written: Written
     weight: Tensor
     scheme: Scheme
-    reader: Reader | None
+    reader: Reader
 
 
 @dataclass(frozen=True)
@@ -114,30 +116,24 @@ def stream(edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq) -> dict
     for batch, flat in flat_batches(edit.program, ctx):
         batches.append(flat)
         digest = batch_digest(digest, batch) if how.checkpoint else ""
-    run = LockstepRun(edit.program, batches)
     place = {node: i for i, node in enumerate(edit.program.graph.nodes)}
-    found: dict[str, Outcome] = {}
     ordered = sorted(jobs, key=lambda job: place[job.written.calls[0]])
-    kept: tuple[fx.Node, Any, Tensor, int] | None = None
-    for number, job in enumerate(ordered):
-        name = job.written.site.weight
-        ctx.report(f"gptq of {name} ({number + 1}/{len(ordered)})")
-        file = _file(how, number, job, digest)
+    files = {job: _file(how, number, job, digest) for number, job in enumerate(ordered)}
+    found: dict[str, Outcome] = {}
+    todo: dict[Reader, Job] = {}
+    for job, file in files.items():
         saved = None if file is None else _load(file)
         if saved is not None:
             rewrite(edit, job.written, saved[0])
-            found[name] = saved[1]
-            continue
-        call = job.written.calls[0]
-        # Up to where the numbers are read, and no further: the layer is to run on the new ones.
-        run.run_until(_weight_of(call))
-        data = call.args[0]
-        assert isinstance(data, fx.Node)
-        key = (job.written.site.kernel, str(call.args[3:]))
-        if kept is None or kept[0] is not data or kept[1] != key:
-            kept = None  # two moments at a time would be one too many
-            kept = (data, key, *_moment(job, run.value(data)))
-        stored, outcome = _swept(job, kept[2], kept[3], how)
+            found[job.written.site.weight] = saved[1]
+        else:
+            todo[_reader(job)] = job
+    stops = {reader: _weight_of(reader.node) for reader in todo}
+    for arrival in arrivals(edit.program, batches, list(todo), stops):
+        job = todo[arrival.reader]
+        name = job.written.site.weight
+        ctx.report(f"gptq of {name} ({len(found) + 1}/{len(ordered)})")
+        stored, outcome = _swept(job, arrival.moment, arrival.rows, how)
         rewrite(edit, job.written, stored)
         found[name] = outcome
         if outcome.rows < job.weight.shape[1]:
@@ -146,9 +142,17 @@ def stream(edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq) -> dict
                 f"directions that they do not show are damped by {outcome.damping:g}"
             )
             ctx.tell(Diagnostic("warning", text, name=name))
-        if file is not None:
+        if (file := files[job]) is not None:
             _save(file, stored, outcome)
     return found
+
+
+def _reader(job: Job) -> Reader:
+    """How the layer reads its input now."""
+    call = job.written.calls[0]
+    data = call.args[0]
+    assert isinstance(data, fx.Node)
+    return replace(job.reader, node=call, operand=data)
 
 
 def _weight_of(call: fx.Node) -> fx.Node:
@@ -177,9 +181,9 @@ def _swept(job: Job, moments: Tensor, rows: int, how: Gptq) -> tuple[Quantised, 
             importance=moment.diagonal(),
         )
         matrix = weight.to(grid.scales.dtype)
-        nearest = grid.codes(matrix)
-        rounding = Rounding(grid)
-        order = order_by_activity(moment) if how.act_order else None
+        order, masking, plain = _zeros(job, matrix, moment, how)
+        nearest = grid.codes(matrix.masked_fill(~plain, 0))
+        rounding = Rounding(grid, masking)
         swept = sweep(matrix, moment, rounding, damping=how.damping, order=order)
         used = max(used, swept.damping)
         before = relative_error(matrix, grid.decoded(nearest), moment)
@@ -192,35 +196,22 @@ def _swept(job: Job, moments: Tensor, rows: int, how: Gptq) -> tuple[Quantised, 
     return stacked(parts), Outcome(lost[0], lost[1], used, rows)
 
 
-def _moment(job: Job, values: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """The second moment of what a layer reads, (groups, columns, columns), and its rows."""
-    columns = job.weight.shape[1]
-    dtype = torch.float64 if columns <= _WIDE else torch.float32
-    total: Tensor | None = None
-    count = 0
-    for rows in _rows(job, values):
-        part = rows.to(dtype)
-        count += part.shape[1]
-        if total is None:
-            total = part.transpose(1, 2) @ part
-        else:
-            total.baddbmm_(part.transpose(1, 2), part)
-    assert total is not None
-    return total.div_(max(count, 1)), count
-
-
-def _rows(job: Job, values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """(groups, rows, columns) of each batch."""
-    for value in values:
-        if job.written.site.kind != "convolution":
-            yield value.reshape(1, -1, value.shape[-1])
-            continue
-        assert job.reader is not None
-        few = max(1, 2**24 // max(1, value[0].numel() * 9))
-        for part in value.split(few):
-            found = patches(job.reader, part)
-            assert found is not None
-            yield found
+def _zeros(
+    job: Job, matrix: Tensor, moment: Tensor, how: Gptq
+) -> tuple[Tensor | None, Masking | None, Tensor]:
+    """The order of the columns, how zeros come about in the sweep, and a mask without a sweep."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    kept = matrix != 0
+    site = job.written.site
+    if how.pattern is not None and how.pattern.why_not(shape[0], site.channels) is None:
+        # Neighbours stand next to each other in the order of the sweep.
+        near = site.channels_last(matrix.device)
+        scores = (matrix.square() * moment.diagonal().clamp_min(0))[:, near]
+        plain = how.pattern.mask(scores)[:, near.argsort()]
+        return near, Masking(shape, pattern=how.pattern), plain
+    order = order_by_activity(moment) if how.act_order else None
+    # What is zero was made so, and stays.
+    return order, None if bool(kept.all()) else Masking(shape, mask=kept), kept
 
 
 # -- checkpoints -----------------------------------------------------------------------------

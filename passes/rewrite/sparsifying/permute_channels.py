@@ -18,7 +18,7 @@ from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResul
 from torchlathe.passes.rewrite.erasing.units import unit_indices
 from torchlathe.passes.rewrite.factorising.sites import Site, find_sites
 from torchlathe.passes.rewrite.sparsifying.ordering import kept_energy, search_order
-from torchlathe.passes.rewrite.sparsifying.patterns import Pattern, parse_pattern
+from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
 
 __all__ = ["PermuteChannels", "permute_units"]
 

@@ -13,16 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchlathe.passes.rewrite.quantising.grids import relative_error
-from torchlathe.passes.rewrite.quantising.sweep import sweep
-from torchlathe.passes.rewrite.sparsifying.patterns import Pattern
+from torchlathe.passes.rewrite.sweeping.masking import Masking
+from torchlathe.passes.rewrite.sweeping.patterns import Pattern
+from torchlathe.passes.rewrite.sweeping.sweep import relative_error, sweep
 
-__all__ = ["Masking", "Method", "Solved", "scores", "solve"]
+__all__ = ["Method", "Solved", "scores", "solve"]
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
-
-# Columns of which SparseGPT chooses together, where the pattern leaves that open.
-_TOGETHER = 128
 
 
 @dataclass(frozen=True)
@@ -53,39 +50,6 @@ def scores(weight: Tensor, moment: Tensor | None, method: Method) -> Tensor:
     if method == "wanda" and moment is not None:
         found = found * moment.diagonal().clamp_min(0).to(found.dtype)
     return found
-
-
-class Masking:
-    """A projection of the column sweep to zero, where a mask that is chosen on the way says so.
-
-    Args:
-        pattern: What the mask has to look like.
-        shape: Of the matrix.
-        mask: A mask that is known beforehand; None to choose.
-
-    Attributes:
-        mask: (rows, columns) bool, where entries stay; complete after the sweep.
-    """
-
-    def __init__(
-        self, pattern: Pattern, shape: tuple[int, int], mask: Tensor | None = None
-    ) -> None:
-        self.pattern = pattern
-        self._chooses = mask is None
-        self.span = 0
-        if mask is None:
-            mask = torch.ones(shape, dtype=torch.bool)
-            self.span = pattern.span if pattern.kind == "n:m" else min(_TOGETHER, shape[1])
-        self.mask = mask
-
-    def look(self, columns: Tensor, ahead: Tensor, pivots: Tensor) -> None:
-        """Choose the mask of the next columns by what losing an entry costs now."""
-        if self._chooses:
-            self.mask[:, columns] = self.pattern.mask((ahead / pivots).square())
-
-    def project(self, columns: Tensor, values: Tensor) -> Tensor:
-        """Zero where the mask says so."""
-        return values.masked_fill(~self.mask[:, columns], 0)
 
 
 def solve(
@@ -124,7 +88,7 @@ def solve(
         return Solved(masked, mask, error, magnitude)
     # Blocks span rows and columns that the sweep has passed, so that their mask comes first.
     known = mask if pattern.kind == "block" else None
-    projection = Masking(pattern, (wide.shape[0], wide.shape[1]), known)
+    projection = Masking((wide.shape[0], wide.shape[1]), pattern=pattern, mask=known)
     swept = sweep(wide, moment, projection, damping=damping)
     after = relative_error(wide, swept.weight, moment)
     if after > error:

@@ -13,8 +13,8 @@ from torchlathe.ir import Edit, InputError, OptionError, PreconditionError, Prog
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.factorising.sites import Site, chosen_sites, find_sites
-from torchlathe.passes.rewrite.sparsifying.patterns import Pattern, parse_pattern
 from torchlathe.passes.rewrite.sparsifying.solving import Method, Solved, solve
+from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
 from torchlathe.passes.statistics import Reader, readers_of
 from torchlathe.passes.statistics.arriving import arrivals
 from torchlathe.passes.statistics.readers import unfolds
@@ -160,11 +160,11 @@ class SparsifyNM(RewritePass):
         method: Method = "magnitude" if moments is None else self.method
         solved = []
         for group, matrix in enumerate(site.matrices(old)):
-            order = _channels_last(site, matrix.device)
+            order = site.channels_last(matrix.device)
             moment = None if moments is None else moments[group][order][:, order]
             one = solve(matrix[:, order], moment, self._pattern, method, damping=self.damping)
             solved.append(one)
-        back = torch.argsort(_channels_last(site, old.device))
+        back = site.channels_last(old.device).argsort()
         new = site.weight_from(torch.stack([one.weight[:, back] for one in solved]))
         edit.set_tensor(site.weight, new.to(old.dtype).contiguous())
         found[site] = _Layer(site, method, self._pattern, solved)
@@ -205,17 +205,7 @@ def _fits(site: Site | None, reader: Reader) -> bool:
 
 def _width(site: Site, pattern: Pattern) -> int:
     """Columns that neighbours may be among: of a convolution the channels."""
-    if pattern.kind == "unstructured" or site.kind != "convolution":
-        return site.ins
-    return site.shape[1]
-
-
-def _channels_last(site: Site, device: torch.device) -> Tensor:
-    """The columns of a matrix with the channels innermost."""
-    columns = torch.arange(site.ins, device=device)
-    if site.kind != "convolution":
-        return columns
-    return columns.view(site.shape[1], -1).t().reshape(-1)
+    return site.ins if pattern.kind == "unstructured" else site.channels
 
 
 def _warn_of_few(ctx: PassContext, site: Site, rows: int) -> None:

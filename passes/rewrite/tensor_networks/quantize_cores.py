@@ -14,9 +14,10 @@ from torch import fx
 from torchlathe.ir import Edit, OptionError, PreconditionError, Program, TensorKind
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
-from torchlathe.passes.rewrite.quantising.grids import Quantised, quantised, relative_error
+from torchlathe.passes.rewrite.quantising.grids import Quantised, quantised
 from torchlathe.passes.rewrite.quantising.schemes import Scheme, scheme_of
 from torchlathe.passes.rewrite.quantising.writing import DEQUANTIZE
+from torchlathe.passes.rewrite.sweeping.sweep import relative_error
 
 __all__ = ["QuantizeCores"]
 

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from torchlathe.ir import Error
-from torchlathe.passes.rewrite.quantising.grids import Grid
 
-__all__ = ["Projection", "Rounding", "Swept", "order_by_activity", "sweep"]
+__all__ = ["Projection", "Swept", "order_by_activity", "relative_error", "sweep"]
 
 _BLOCK = 128
 
@@ -58,30 +57,6 @@ class Projection(Protocol):
         Returns:
             (rows, 1).
         """
-
-
-class Rounding:
-    """Rounds to a grid that is fixed, and keeps the codes.
-
-    Attributes:
-        codes: (rows, columns) what each entry was rounded to.
-    """
-
-    span = 0
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        shape = (grid.scales.shape[0], grid.columns)
-        self.codes = torch.zeros(shape, dtype=grid.form.stored, device=grid.scales.device)
-
-    def look(self, columns: Tensor, ahead: Tensor, pivots: Tensor) -> None:
-        """Nothing: the grid is fixed."""
-
-    def project(self, columns: Tensor, values: Tensor) -> Tensor:
-        """The nearest values of the grid."""
-        codes = self.grid.codes(values, columns)
-        self.codes[:, columns] = codes
-        return self.grid.decoded(codes, columns)
 
 
 @dataclass(frozen=True)
@@ -178,3 +153,20 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
         damping = max(10 * damping, 1e-6)
         if damping > 1e6:
             raise Error("the second moment of what a layer reads is no moment: it has no factor")
+
+
+def relative_error(weight: Tensor, after: Tensor, moment: Tensor | None = None) -> float:
+    """Squared error of the outputs of a matrix, over their squares.
+
+    Args:
+        weight: (rows, columns).
+        after: What takes its place.
+        moment: (columns, columns) second moment of what it is multiplied with; None for white.
+    """
+    dtype = torch.float64 if moment is None else moment.dtype
+    old, gap = weight.to(dtype), after.to(dtype) - weight.to(dtype)
+    if moment is None:
+        whole, lost = old.square().sum(), gap.square().sum()
+    else:
+        whole, lost = ((m @ moment * m).sum() for m in (old, gap))
+    return max(0.0, float(lost)) / max(float(whole), torch.finfo(dtype).tiny)

@@ -1,0 +1,1 @@
+"""The column sweep under quantising and sparsifying, and the patterns of zeros in it."""
