@@ -35,6 +35,10 @@ class Accumulator(ABC):
         """Become what `state` was taken of."""
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """A line that differs where states do not fit one another; the same in each process."""
+        return type(self).__qualname__
+
 
 class Reservoir(Accumulator):
     """A uniform sample of all rows, of bounded size.
@@ -58,6 +62,7 @@ class Reservoir(Accumulator):
         if size < 1:
             raise OptionError(f"size of a reservoir is {size}, but must be at least 1")
         self.size = size
+        self.seed = seed
         self.count = 0
         self._generator = torch.Generator()
         self._generator.manual_seed(seed)
@@ -84,6 +89,10 @@ class Reservoir(Accumulator):
         self._keys, self._positions = keys[stay], positions[stay]
         self._rows = joined[:, stay.to(joined.device)]
         self.count += number
+
+    def describe(self) -> str:
+        """With the size and the seed."""
+        return f"{super().describe()} {self.size} {self.seed}"
 
     @property
     def rows(self) -> torch.Tensor:
@@ -146,6 +155,10 @@ class Counts(Accumulator):
         inside = flat[(flat >= 0) & (flat < self.extent)]
         self.values += torch.bincount(inside, minlength=self.extent).cpu()
         self.count += flat.numel()
+
+    def describe(self) -> str:
+        """With the extent."""
+        return f"{super().describe()} {self.extent}"
 
     @property
     def shares(self) -> torch.Tensor:

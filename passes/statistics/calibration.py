@@ -27,7 +27,8 @@ class Calibration:
             first extent of its first tensor.
 
     Raises:
-        OptionError: A negative limit, or a state to be saved after less than one batch.
+        OptionError: A negative limit, a state to be saved after less than one batch, or samples
+            that are no function.
         InputError: No batches, or a folder that cannot be used.
     """
 
@@ -50,6 +51,10 @@ class Calibration:
             raise OptionError(f"limit_bytes is {limit_bytes}, but must not be negative")
         if save_every < 1:
             raise OptionError(f"save_every is {save_every}, but must be at least 1")
+        if samples is not None and not callable(samples):
+            raise OptionError(
+                f"samples is {samples}, but must be a function of a batch that counts them"
+            )
         self.batches = list(batches) if isinstance(batches, Iterator) else batches
         self.limit_bytes = limit_bytes
         self.spill = None if spill is None else usable_folder(spill, "spill")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchlathe.ir import ArtifactError, InputError, Program
@@ -53,6 +57,7 @@ class StateFile:
         Raises:
             ArtifactError: A file that cannot be read.
         """
+        self._sweep()
         if not self.path.exists():
             return
         from safetensors import SafetensorError, safe_open
@@ -81,8 +86,8 @@ class StateFile:
             for key, accumulator in accumulators.items()
             for name, tensor in (accumulator.state() or {}).items()
         }
-        # One name: what a killed process leaves of it is overwritten by the next.
-        partial = self.path.with_suffix(".partial")
+        # One for each process: two that save into one file would mix their states.
+        partial = self.path.with_name(f"{self._draft}{os.getpid()}.partial")
         try:
             _write(partial, tensors, {"seen": str(seen), "digest": digest})
             os.replace(partial, self.path)
@@ -95,6 +100,30 @@ class StateFile:
         finally:
             partial.unlink(missing_ok=True)
         self.seen, self.digest = seen, digest
+
+    @property
+    def _draft(self) -> str:
+        """What the name of a draft of this machine begins with."""
+        return f"{self.path.stem}.{platform.node()}."
+
+    def _sweep(self) -> None:
+        """Remove what killed processes of this machine left."""
+        if os.name != "posix":  # elsewhere signal 0 is no question
+            return
+        for left in self.path.parent.glob(f"{glob.escape(self._draft)}*.partial"):
+            number = left.name.removeprefix(self._draft).removesuffix(".partial")
+            if number.isdigit() and not _alive(int(number)):
+                left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
@@ -145,19 +174,45 @@ def state_key(program: Program, watched: Iterable[str]) -> str:
 def callable_text(function: Any) -> str:
     """What a function is called and a hash of its code, the same in each process.
 
-    What it reads from elsewhere (closures, globals, methods of an object) is not in it.
+    What it reads from elsewhere (closures, globals, attributes of an object) is not in it, but the
+    arguments of a `functools.partial` are, and which node an object is about (a reader of layers).
     """
     if function is None:
         return "none"
     if isinstance(function, partial):
-        return f"{callable_text(function.func)} {function.keywords}"
+        given = [*function.args, *sorted(function.keywords.items())]
+        return f"{callable_text(function.func)} {_given_text(given)}"
     name = getattr(function, "__qualname__", type(function).__qualname__)
+    if (owner := getattr(function, "__self__", None)) is not None:
+        name = f"{name} {_given_text(owner)}"
     code = getattr(function, "__code__", None)
     if code is None:
         return str(name)
-    plain = [c for c in code.co_consts if isinstance(c, int | float | str)]
-    digest = hashlib.sha256(f"{code.co_code!r}{code.co_names}{plain}".encode())
-    return f"{name} {digest.hexdigest()[:16]}"
+    return f"{name} {hashlib.sha256(_code_text(code).encode()).hexdigest()[:16]}"
+
+
+def _code_text(code: CodeType) -> str:
+    """Instructions, names and constants, those of functions inside as well."""
+    constants = [
+        _code_text(c)
+        if isinstance(c, CodeType)
+        # The order of a set is another one in each process.
+        else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
+        for c in code.co_consts
+    ]
+    return f"{code.co_code!r}{code.co_names}{constants}"
+
+
+def _given_text(value: Any) -> str:
+    """A text of a value that is the same in each process; of an object, its class and node."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_given_text, value))}]"
+    if isinstance(value, int | float | str | torch.dtype | fx.Node | None):
+        return repr(value)
+    if callable(value):
+        return callable_text(value)
+    node = getattr(value, "node", None)
+    return f"{type(value).__qualname__} {node if isinstance(node, fx.Node) else ''}"
 
 
 def batch_digest(before: str, batch: Any) -> str:

@@ -86,7 +86,7 @@ class Watch:
 
     def describe(self) -> str:
         """A line that is the same for the same watch in another process."""
-        into = "" if self.into is None else type(self.into).__qualname__
+        into = "" if self.into is None else self.into.describe()
         rows = callable_text(self.rows)
         nodes = ",".join(node.name for node in (self.node, *self.beside))
         return f"{nodes}|{rows}|{self.matrix}|{self.gradient}|{into}"

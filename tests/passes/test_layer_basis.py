@@ -231,3 +231,8 @@ def test_bad_input_is_told() -> None:
         recompose(fitted, 0)
     with pytest.raises(tl.Error, match="matches no stack"):
         PassManager([FitLayerBasis(include=("encoder",))]).run(program)
+    model = Stack(3)
+    with torch.no_grad():
+        model.blocks[1].up.weight[0, 0] = torch.nan  # would be in all layers
+    with pytest.raises(tl.Error, match="finite"):
+        PassManager([FitLayerBasis(components=2)]).run(program_of(model)[0])

@@ -31,6 +31,7 @@ from torchlathe.passes import (
     ZeroInvariantGroups,
 )
 from torchlathe.passes.analysis.sharing.curvature import KroneckerCurvature
+from torchlathe.passes.statistics import Calibration
 from torchlathe.tools.plots import sharing_plot
 
 CLASSES = {(0, 3, 5), (1, 2, 4)}
@@ -589,6 +590,8 @@ def test_infinite_weights_are_refused() -> None:
     program, x = program_of(model)
     with pytest.raises(tl.Error, match="finite"):
         shared(program, x, "share-parameters{align=false}")
+    with pytest.raises(tl.Error, match="finite"):
+        shared(program, x, "share-parameters{align=false,curvature=none}")
 
 
 def test_only_alike_tensors_can_be_tied() -> None:
@@ -606,3 +609,79 @@ def test_only_alike_tensors_can_be_tied() -> None:
         "blocks.0.up.weight": "blocks.2.up.weight",
         "blocks.1.up.weight": "blocks.2.up.weight",
     }
+
+
+@pytest.mark.parametrize("options", [{"mode": "base", "classes": 2, "rank": 12}, {"mode": "basis"}])
+def test_layers_right_behind_one_another(options: dict[str, Any]) -> None:
+    """Each reads what the one before gives by now, and nothing of that is computed twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    if options["mode"] == "basis":
+        with torch.no_grad():  # of rank 4, which costs 96 of 144 numbers
+            for layer in model:
+                left, right = torch.randn(WIDTH, 4), torch.randn(4, WIDTH)
+                layer.weight.copy_(left @ right / WIDTH)  # type: ignore[operator]
+    program, x = program_of(model)
+    result = shared(program, x, ShareParameters(**options))
+    # Full rank and rank 4 are exact, up to the rounding of float32.
+    torch.testing.assert_close(result.run(x), model(x), rtol=1e-4, atol=1e-5)
+    statistics = result.history[-1].statistics
+    told = int(statistics["layer_parameters"]) - int(statistics["shared_parameters"])
+    assert statistics["saved"] == told
+    more = [d for d in result.history[-1].diagnostics if "smaller rank" in d["message"]]
+    assert bool(more) == (told < 0)
+
+
+def deep_program(depth: int) -> tuple[Program, Tensor]:
+    torch.manual_seed(0)
+    layers = [each for _ in range(depth) for each in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]
+    return program_of(nn.Sequential(*layers))
+
+
+def test_many_layers_under_theta_hold_to_the_limits_and_claim_no_gap() -> None:
+    program, x = deep_program(11)
+    free = SharingColoring(theta=9.0, solver="exact").on(program, calibration=[x])
+    assert len(free.types[0].classes) < 11
+    assert free.types[0].gap is None
+    held = SharingColoring(theta=9.0, trust=1e-9).on(program, calibration=[x])
+    assert len(held.types[0].classes) == 11
+
+
+def test_every_partition_of_many_layers_is_refused() -> None:
+    program, x = deep_program(17)
+    with pytest.raises(PreconditionError, match="more than 16"):
+        SharingColoring(solver="exact").on(program, calibration=[x])
+
+
+def test_curvature_of_outputs_goes_on_as_if_not_interrupted(tmp_path: Any) -> None:
+    program, x = planted_program()
+    batches = [x, x.flip(0), x / 2, -x]
+
+    def costs(folder: str, number: int) -> Tensor:
+        data = Calibration(batches[:number], resume=tmp_path / folder, save_every=1)
+        part = SharingColoring(curvature="outputs", align=False).on(program, calibration=data)
+        assert part.types[0].pair_costs is not None
+        return part.types[0].pair_costs
+
+    whole = costs("whole", 4)
+    costs("parts", 2)
+    assert torch.equal(costs("parts", 4), whole)
+
+
+@pytest.mark.parametrize("curvature", ["inputs", "outputs"])
+@pytest.mark.parametrize(
+    "mode", ["mode=tied,classes=2", "mode=base,classes=2,rank=2", "mode=basis"]
+)
+def test_layers_that_nothing_reaches(mode: str, curvature: str) -> None:
+    """Their inputs are zero, and so is their curvature: they take what the others need."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(5)]
+    with torch.no_grad():
+        for first in layers[:2]:
+            first.weight.zero_()
+            first.bias.fill_(-1)
+    model = nn.Sequential(*(each for layer in layers for each in (layer, nn.ReLU())))
+    program, x = program_of(model)
+    result = shared(program, x, f"share-parameters{{{mode},curvature={curvature}}}")
+    assert result.run(x).isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in result.parameters.values())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from torchlathe.passes.statistics import (
     collect_layers,
     saving,
 )
-from torchlathe.passes.statistics.saving import batch_digest
+from torchlathe.passes.statistics.readers import readers_of
+from torchlathe.passes.statistics.saving import batch_digest, callable_text
 from torchlathe.passes.statistics.storage import MatrixStore
 
 
@@ -516,3 +518,90 @@ def test_restored_moments_go_on() -> None:
     assert torch.equal(whole.second, second.second)
     assert torch.equal(whole.variance, second.variance)
     assert float(first.count) == 20
+
+
+class Strides(nn.Module):
+    """Two convolutions of one kernel size that read one value at other places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+def test_the_state_belongs_to_the_layers_that_were_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    program = tl.capture(Strides().eval(), (x,))
+    ctx = PassContext(program, "test", calibration=[x])
+    one, other = readers_of(program).values()
+    collect_layers(program, ctx, [one], resume=tmp_path)
+    found = collect_layers(program, ctx, [other], resume=tmp_path)[other.node].inputs
+    alone = collect_layers(program, ctx, [other])[other.node].inputs
+    assert found.count == alone.count
+    assert torch.equal(found.second, alone.second)
+
+
+def test_the_state_belongs_to_accumulators_of_one_kind(tmp_path: Path) -> None:
+    program, data = made()
+    ctx = PassContext(program, "test", calibration=data)
+    node = next(n for n in program.nodes if n.name == "linear")
+    for into in (Reservoir(5, seed=0), Reservoir(3, seed=0), Reservoir(3, seed=1)):
+        watch = Watch.axis(node, -1, into=into)
+        collect(program, ctx, [watch], resume=tmp_path)
+        alone = Reservoir(into.size, seed=into.seed)
+        collect(program, ctx, [Watch.axis(node, -1, into=alone)])
+        assert torch.equal(into.rows, alone.rows)
+    for extent in (4, 6):
+        counts = Counts(extent)
+        collect(program, ctx, [Watch(node, lambda x: x.argmax(-1), into=counts)], resume=tmp_path)
+        assert counts.values.shape == (extent,)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: x.sum((0, 1)), lambda x: x.sum((0, 2))),
+        (lambda x: (lambda y: y * 2)(x), lambda x: (lambda y: y * 3)(x)),
+        (lambda x: x in {1, 2}, lambda x: x in {1, 3}),
+        (partial(torch.sum, dim=0), partial(torch.sum, dim=1)),
+        (partial(torch.add, 1), partial(torch.add, 2)),
+    ],
+    ids=["tuples", "functions inside", "sets", "keywords", "arguments"],
+)
+def test_functions_are_told_apart_by_their_code(one: Any, other: Any) -> None:
+    assert callable_text(one) != callable_text(other)
+
+
+SAVING = """
+import sys
+from pathlib import Path
+import torch
+from torchlathe.passes.statistics import Moments
+from torchlathe.passes.statistics.saving import StateFile
+
+value = float(sys.argv[2])
+moments = Moments(matrix=True)
+moments.add(torch.full((1, 4, 400), value))
+state = StateFile(Path(sys.argv[1]))
+for _ in range(30):
+    state.save({"a": moments}, 5, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_save_one_state_do_not_mix_them(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    root = Path(__file__).parents[2]
+    commands = [[sys.executable, "-c", SAVING, str(path), value] for value in ("1", "2")]
+    processes = [subprocess.Popen(command, cwd=root) for command in commands]
+    while any(process.poll() is None for process in processes):
+        moments, state = Moments(matrix=True), saving.StateFile(path)
+        state.load({"a": moments}, torch.device("cpu")) if path.exists() else None
+        if state.seen:
+            assert moments.products is not None
+            assert bool((moments.products == 4 * float(state.digest) ** 2).all())
+    assert [process.returncode for process in processes] == [0, 0]
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]

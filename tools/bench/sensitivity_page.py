@@ -45,9 +45,9 @@ Kronecker product or a diagonal cannot hold; which of the two it is, was not mea
 """
 
 LARGE = """\
-To erase a unit is not always a small change: of MiniLM's, some are predicted to cost twenty times
-what they do, and the whole Gauss-Newton matrix hardly ranks them better ({whole:.3f}). The same
-units shrunk by a tenth are ranked by {small:.3f}.
+To erase a unit is not always a small change: for MiniLM's, even the whole Gauss-Newton matrix is
+wrong about the cost by {off:.0%} (median), and ranks them by {whole:.3f}. The same units shrunk by
+a tenth are ranked by {small:.3f}.
 
 """
 
@@ -135,7 +135,8 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     large = ""
     of = {row["kind"].partition(" ")[0]: row for row in rows if row["net"] == "MiniLM"}
     if erased and "shrink" in of:
-        large = LARGE.format(small=of["shrink"]["auto"], whole=of["erase"]["ggn"])
+        lost = of["erase"]
+        large = LARGE.format(small=of["shrink"]["auto"], whole=lost["ggn"], off=lost["ggn_error"])
     return VERDICT.format(rows=texts["kfac"], default=default, third=third, large=large)
 
 

@@ -46,6 +46,7 @@ from torchlathe.passes.analysis.sharing.partitions import (
     Partition,
     best_partitions,
     color_conflicts,
+    ordered,
 )
 from torchlathe.passes.analysis.sharing.weighing import (
     OF_THE_LOSS,
@@ -60,6 +61,10 @@ if TYPE_CHECKING:
     import networkx
 
 __all__ = ["ColoredType", "Coloring", "SharedClass", "SharingColoring", "class_costs", "form_of"]
+
+
+# Layers of one type, 3^16 = 43 million steps: some minutes for each number of classes.
+_TOO_MANY = 16
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,13 @@ class SharingColoring(SharingOptions, DataAnalysis[Coloring]):
                 "there is no layer whose weight could be shared",
                 hint="linear layers and convolutions without groups can share",
             )
+        if self.solver == "exact" and max(map(len, types)) > _TOO_MANY:
+            raise PreconditionError(
+                f"solver=exact looks at every partition, and a type has {max(map(len, types))} "
+                f"layers, more than {_TOO_MANY}",
+                where=self.name,
+                hint="leave the solver out, or let fewer layers share (include, exclude)",
+            )
         if self.curvature != "none":
             need_data(ctx, "it says what a change of a weight costs")
         ctx.report("sharing: curvature of the layers")
@@ -321,7 +333,9 @@ class SharingColoring(SharingOptions, DataAnalysis[Coloring]):
             )
         gap, pairs = None, None
         if self.mode != "basis":
-            gap = 0.0 if is_exact(self.solver, len(names)) else known_gap(costs, found.classes)
+            # Under theta the classes of many layers come from the graph of conflicts.
+            exact = is_exact("auto" if self.theta is not None else self.solver, len(names))
+            gap = 0.0 if exact else known_gap(costs, found.classes)
             pairs = torch.full((len(names), len(names)), math.inf, dtype=torch.float64)
             for (i, j), cost in costs.pair_costs().items():
                 pairs[i, j] = pairs[j, i] = cost
@@ -382,7 +396,7 @@ def by_theta(costs: ClassCosts, theta: float) -> Partition:
     count = len(costs.layers)
     pairs = costs.pair_costs()
     if count > EXACT_LIMIT:
-        return color_conflicts(pairs, count, theta)
+        return _within_limits(costs, color_conflicts(_allowed(costs, pairs), count, theta))
 
     def cost(members: Classes) -> float:
         inside = sorted(members)
@@ -392,6 +406,25 @@ def by_theta(costs: ClassCosts, theta: float) -> Partition:
 
     found = best_partitions(count, cost)
     return found[min(found)]
+
+
+def _allowed(
+    costs: ClassCosts, pairs: Mapping[tuple[int, int], float]
+) -> dict[tuple[int, int], float]:
+    """Costs of pairs, infinite for those that break a limit."""
+    return {
+        pair: cost if float(costs.offers(frozenset(pair)).costs.min()) < math.inf else math.inf
+        for pair, cost in pairs.items()
+    }
+
+
+def _within_limits(costs: ClassCosts, found: Partition) -> Partition:
+    """A partition in which the layers of a class that breaks a limit are by themselves."""
+    parts: list[Classes] = []
+    for members in found:
+        fits = float(costs.offers(members).costs.min()) < math.inf
+        parts += [members] if fits else [frozenset([i]) for i in members]
+    return ordered(parts)
 
 
 def known_gap(costs: ClassCosts, found: Partition) -> float | None:

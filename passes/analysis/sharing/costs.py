@@ -325,8 +325,11 @@ def _roots(form: Curvature) -> Roots:
 
 
 def _factor(matrix: torch.Tensor) -> torch.Tensor:
-    # Directions without curvature would have to be divided by zero on the way back.
-    scale = float(matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    # Directions without curvature would have to be divided by zero on the way back. Where there is
+    # none at all, as in a layer that nothing reaches, all count the same.
+    scale = float(matrix.diagonal().mean())
+    if scale <= torch.finfo(torch.float64).tiny:
+        return torch.eye(len(matrix), dtype=matrix.dtype)
     found: torch.Tensor = torch.linalg.cholesky(
         matrix + 1e-8 * scale * torch.eye(len(matrix), dtype=matrix.dtype)
     )

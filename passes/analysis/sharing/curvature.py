@@ -161,12 +161,16 @@ class KroneckerCurvature(Curvature):
 
     def solve(self, matrix: torch.Tensor) -> torch.Tensor:
         """Exact for up to two terms, by conjugate gradients to 1e-12 for more."""
-        if len(self.terms) == 1:
-            outputs, inputs = self.terms[0]
+        # A layer that nothing reaches has no curvature at all, and cannot be divided by.
+        terms = tuple(term for term in self.terms if _bends(term))
+        if not terms:
+            return torch.zeros_like(matrix)
+        if len(terms) == 1:
+            outputs, inputs = terms[0]
             return _solve(outputs, _solve(inputs, matrix.T).T)
-        if len(self.terms) == 2:
-            return _solve_pair(*self.terms, matrix)
-        return self.approach(matrix)
+        if len(terms) == 2:
+            return _solve_pair(*terms, matrix)
+        return KroneckerCurvature(terms).approach(matrix)
 
     def diagonal(self, shape: torch.Size) -> torch.Tensor:
         """Products of those of G and A."""
@@ -181,6 +185,8 @@ class KroneckerCurvature(Curvature):
         """By the generalised eigen-decomposition for two layers, else by solving."""
         assert isinstance(other, KroneckerCurvature)
         if len(self.terms) == len(other.terms) == 1:
+            if not (_bends(self.terms[0]) and _bends(other.terms[0])):
+                return 0.0
             return kronecker_parallel(self.terms[0], other.terms[0], difference)
         return super().parallel(other, difference)
 
@@ -219,6 +225,11 @@ class KroneckerCurvature(Curvature):
             before, gain = gain, (residual * ready).sum()
             step = ready + (gain / before) * step
         return found
+
+
+def _bends(term: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether ``G (x) A`` is not zero."""
+    return all(bool(factor.any()) for factor in term)
 
 
 def kronecker_parallel(

@@ -27,7 +27,8 @@ from torchlathe.passes.analysis.sharing.curvature import (
     KroneckerCurvature,
 )
 from torchlathe.passes.base import PassContext
-from torchlathe.passes.statistics import collect_layers
+from torchlathe.passes.statistics import Calibration, collect_layers
+from torchlathe.passes.statistics.saving import batch_digest
 
 if TYPE_CHECKING:
     from torchlathe.passes.analysis.curvature import HessianSensitivity, Sensitivity
@@ -67,8 +68,15 @@ def weigh_layers(
 
     Raises:
         PreconditionError: There is no loss, and the curvature needs one.
+        InputError: Numbers that are not finite.
     """
     matrices = {layer.name: layer.matrix(program.tensor(layer.name)) for layer in layers}
+    for name, matrix in matrices.items():
+        if not bool(matrix.isfinite().all()):
+            raise InputError(
+                f"{name} holds numbers that are not finite",
+                hint="look for NaN or infinite weights",
+            )
     if curvature == "none":
         return {layer.name: _plain(matrices[layer.name]) for layer in layers}
     if curvature in OF_THE_LOSS:
@@ -112,9 +120,9 @@ def _weighed(
     outputs: torch.Tensor | None,
     mean: torch.Tensor,
 ) -> WeighedLayer:
-    if not bool(inputs.isfinite().all()) or not bool(weight.isfinite().all()):
+    if not bool(inputs.isfinite().all()):
         raise InputError(
-            f"{layer.name} or what it reads holds numbers that are not finite",
+            f"what {layer.name} reads holds numbers that are not finite",
             hint="look for NaN or infinite weights, or inputs that overflow",
         )
     # Directions that the data does not show have to cost something too.
@@ -188,8 +196,11 @@ def _bias_of(sensitivity: Sensitivity, layer: Candidate) -> torch.Tensor | None:
 def _probing(program: Program, ctx: PassContext) -> PassContext:
     """The same batches, with a random linear function of the outputs as the loss."""
     generator = torch.Generator().manual_seed(ctx.seed)
+    resumes = Calibration.of(ctx.calibration).resume is not None
 
     def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        if resumes:  # batches that were seen before are skipped, and must not count
+            generator.manual_seed(int(batch_digest(str(ctx.seed), batch)[:15], 16))
         tensors = [
             value
             for value in pytree.tree_leaves(outputs)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from torchlathe.ir import Edit, OptionError, Program, TensorKind
+from torchlathe.ir import Edit, InputError, OptionError, Program, TensorKind
 from torchlathe.passes.analysis.sharing.candidates import Candidate, find_candidates
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.quantising.facts import Unpacked
@@ -177,6 +177,12 @@ class FitLayerBasis(RewritePass):
             theta = self._components(names, tensors, values, moments)
             fitted = torch.tensordot(values.to(theta.device), theta, 1)
             stacked = torch.stack(tensors).double()
+            if not bool(stacked.isfinite().all() and theta.isfinite().all()):
+                raise InputError(
+                    f"{stack.theta(suffix)} would hold numbers that are not finite",
+                    where=self.name,
+                    hint="look for NaN or infinite weights, or inputs that overflow",
+                )
             lost += float((fitted - stacked).square().sum())
             whole += float(stacked.square().sum())
             self._write(edit, stack, suffix, theta, phi)

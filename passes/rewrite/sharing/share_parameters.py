@@ -78,6 +78,10 @@ class ShareParameters(SharingOptions, RewritePass):
         after = sum(tensor.numel() for tensor in program.parameters.values())
         statistics["saved"] = before - after
         diagnostics = [_told(coloring.mode, one) for one in sharing]
+        if after > before:
+            text = f"what layers keep for themselves takes {after - before} parameters more than "
+            text += "sharing saves: a smaller rank would help"
+            diagnostics.append(Diagnostic("warning", text))
         return PassResult(True, statistics, diagnostics, details={"sharing": coloring.to_dict()})
 
 

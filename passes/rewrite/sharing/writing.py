@@ -123,7 +123,8 @@ def add_correction(edit: Edit, layer: Candidate, right: fx.Node, left: fx.Node) 
         users = list(node.users)
         inside = _first(edit, reader, right)
         correction = _second(edit, node, inside, left, None)
-        total = edit.call(aten.add.Tensor, (node, correction), like=node, before=users[0])
+        # Another layer that shares may be among them, with a correction of its own before it.
+        total = edit.call(aten.add.Tensor, (node, correction), like=node, before=min(users))
         edit.replace(node, total, users)
 
 
@@ -131,10 +132,10 @@ def _first(edit: Edit, reader: Reader, basis: fx.Node) -> fx.Node:
     """The data times the basis."""
     node = reader.node
     if node.target not in _CONVOLUTIONS:
-        return edit.call(aten.linear.default, (reader.operand, basis), like=node, before=node)
+        return edit.call(aten.linear.default, (_data(node), basis), like=node, before=node)
     spatial = _CONVOLUTIONS[node.target]
     args = (
-        reader.operand,
+        _data(node),
         basis,
         None,
         _each(argument(node, "stride", 1), spatial),
@@ -143,6 +144,11 @@ def _first(edit: Edit, reader: Reader, basis: fx.Node) -> fx.Node:
     )
     target: Any = node.target
     return edit.call(target, args, like=node, before=node)
+
+
+def _data(node: fx.Node) -> Any:
+    """What a layer reads by now: another layer that shares may have been replaced before it."""
+    return node.args[1 if node.target is aten.addmm.default else 0]
 
 
 def _second(
