@@ -425,3 +425,20 @@ def test_it_is_saved_and_loaded(tmp_path: Any) -> None:
     compiled.save(tmp_path / "model.tl")
     again = tl.load(tmp_path / "model.tl")
     torch.testing.assert_close(again(x), compiled(x))
+
+
+def test_factors_of_an_earlier_split_can_be_split() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    x = torch.randn(32, 64)
+    small = tl.compile(
+        model,
+        "low-rank-split{rank=32,method=svd},tensor-train-split{share=0.7,method=svd}",
+        (x,),
+        measure_latency=False,
+    )
+    # Two factors in a row, both cut: the second is written when the first is new.
+    first, second = (record.statistics for record in small.program.history[:2])
+    assert first["split"] == 2
+    assert small(x).shape == (32, 64)
+    assert second["split"] >= 2

@@ -151,6 +151,8 @@ def write_network(
         found = _chosen(plan, kept, count, _only(site, call, lowering), clock, by_flops)
         writer = _Writer(edit, site, call, bias, nodes, plan)
         new = writer.built(found.order) if found.builds else writer.contracted(found.order)
+        # A layer that reads this one may be written in the same edit.
+        new.meta.setdefault("val", call.meta["val"])
         edit.replace(call, new)
         done.append(
             Lowered(new, found.builds, count, found.order.flops, found.seconds, found.measured)
