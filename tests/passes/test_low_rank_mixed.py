@@ -15,11 +15,18 @@ from tests.passes.test_latency_table import Counting
 from tests.passes.test_low_rank import Attention, Conv, Tied, captured, decayed, messages, run
 from torchlathe.ir import Error, OptionError, Program
 from torchlathe.ir.cost.latency import LatencyTable
-from torchlathe.passes import LowRankSplit
+from torchlathe.passes import LowRankSplit, PassContext
 from torchlathe.passes.rewrite.factorising import timing
 from torchlathe.passes.rewrite.factorising.choosing import Option, choose_exact
+from torchlathe.passes.rewrite.factorising.metrics import collect_metrics
 from torchlathe.passes.rewrite.factorising.plans import fits, most_rank, plan_of
-from torchlathe.passes.rewrite.factorising.sites import Site
+from torchlathe.passes.rewrite.factorising.proving import (
+    changes_of_outputs,
+    changes_on_held_out,
+    held_out,
+)
+from torchlathe.passes.rewrite.factorising.sites import Site, find_sites
+from torchlathe.passes.statistics import Calibration
 from torchlathe.tools.plots import profile_plot
 
 
@@ -92,6 +99,48 @@ def test_a_mixed_choice_is_tried_against_fewer_methods() -> None:
     told = [float(part.split()[-1]) for part in line.partition("among: ")[2].split(", ")]
     assert len(told) >= 2
     assert told[0] == min(told) < 0.01 < max(told)
+
+
+def test_every_fourth_batch_is_held_out(tmp_path) -> None:
+    program = captured(kronecker_model(), torch.randn(4, 36))
+    data = [torch.full((4, 36), float(i)) for i in range(9)]
+    given = Calibration(data, limit_bytes=5, resume=tmp_path)
+    for calibration in (data, given):
+        parts = held_out(PassContext(program, calibration=calibration))
+        assert parts is not None
+        most, few = ([int(batch[0, 0]) for batch, *_ in part.batches()] for part in parts)
+        assert (most, few) == ([0, 1, 2, 4, 5, 6, 8], [3, 7])
+        settings_of = Calibration.of(parts[0].calibration)
+        assert settings_of.resume is None  # a saved state is one of all batches
+    assert settings_of.limit_bytes == 5
+    assert given.resume == tmp_path
+    for short in (None, data[:3], iter(data)):
+        assert held_out(PassContext(program, calibration=short)) is None
+
+
+def test_choices_are_tried_on_data_that_their_factors_are_not_made_of() -> None:
+    """Few samples: all but free on those that were seen, and not at all on others."""
+    torch.manual_seed(0)
+    program = captured(nn.Sequential(nn.Linear(32, 32, bias=False)).eval(), torch.randn(2, 32))
+    data = [torch.randn(2, 32) for _ in range(4)]
+    ctx = PassContext(program, "low-rank-split", data)
+    sites = find_sites(program)[0]
+    metrics = collect_metrics(program, ctx, sites, "mixed")
+    plan = plan_of(sites, "whitened-svd", "matrix", 8)
+    assert plan is not None
+    (seen,), made = changes_of_outputs(program, ctx, [[plan]], metrics, 1e-6)
+    (unseen,), none = changes_on_held_out(program, ctx, [[plan]], metrics, "mixed", 1e-6)
+    assert list(made) == [plan]
+    assert not none  # those that were tried are not of all the data
+    assert seen < 1e-3 < 0.1 < unseen
+
+
+def test_layers_that_can_be_split_together_are_also_tried_together() -> None:
+    program = captured(decayed(Attention()), torch.randn(2, 10, 32))
+    after = run(
+        "low-rank-split{method=mixed,share=0.4,time=false}", program, calibration=batches(8)
+    )
+    assert "joint wherever possible" in messages(after)
 
 
 def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:

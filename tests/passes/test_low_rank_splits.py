@@ -53,6 +53,20 @@ def test_plain_split_is_that_of_eckart_and_young(case, rank) -> None:
     assert found.rank == min(rank, *weight.shape)
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["wide", "tall"])
+@pytest.mark.parametrize("randomised", [True, False], ids=["randomised", "exact"])
+def test_what_a_split_is_given_stays_as_it_is(shape: tuple[int, int], randomised: bool) -> None:
+    """It saves memory by writing over what it made itself, and over nothing else."""
+    weight, _, moment = drawn((*shape, 20, 0))
+    rows = torch.rand(shape[0], dtype=torch.float64)
+    before = [x.clone() for x in (weight, moment, rows)]
+    for inputs in (moment, None):
+        for weights in (rows, None):
+            split(weight, 3, inputs=inputs, rows=weights, damping=0.1, randomised=randomised)
+            spectrum(weight, inputs=inputs, rows=weights, damping=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(before, (weight, moment, rows), strict=True))
+
+
 @settings(max_examples=20)
 @given(sizes, st.integers(1, 24))
 def test_whitened_error_is_the_output_error_and_the_discarded_values(case, rank) -> None:

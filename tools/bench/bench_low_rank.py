@@ -22,7 +22,13 @@ from rich.console import Console
 from torchlathe.ir.files import write_text
 from torchlathe.passes.rewrite.factorising.splits import svd_split, whitened_split
 from torchlathe.tools.bench.low_rank.memory import memory
-from torchlathe.tools.bench.low_rank.quality import SHARES, characters, healed, minilm
+from torchlathe.tools.bench.low_rank.quality import (
+    SHARES,
+    characters,
+    healed,
+    healed_minilm,
+    minilm,
+)
 from torchlathe.tools.bench.machine import machine
 
 __all__ = ["main"]
@@ -126,7 +132,15 @@ def _ratio(
     return median(pairs)
 
 
-PARTS: Final = ("quality", "characters", "healed", "times", "speeds", "memory")
+PARTS: Final = (
+    "quality",
+    "characters",
+    "healed",
+    "healed_minilm",
+    "times",
+    "speeds",
+    "memory",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,9 +167,14 @@ def main(argv: list[str] | None = None) -> int:
 
     for part in parsed.only or PARTS:
         known: list[dict[str, Any]] = result.get(part, [])
-        if part in ("quality", "characters", "healed", "times"):
+        if part not in ("speeds", "memory"):
             rows = [] if parsed.again else list(known)
-            measure = {"quality": minilm, "characters": characters, "healed": healed}
+            measure = {
+                "quality": minilm,
+                "characters": characters,
+                "healed": healed,
+                "healed_minilm": healed_minilm,
+            }
             fresh_rows = (
                 times(sizes, list(rows), console)
                 if part == "times"

@@ -28,7 +28,7 @@ from torchlathe.passes.rewrite.factorising.plans import (
     plan_of,
 )
 from torchlathe.passes.rewrite.factorising.profiles import plans
-from torchlathe.passes.rewrite.factorising.proving import changes_of_outputs
+from torchlathe.passes.rewrite.factorising.proving import changes_on_held_out
 from torchlathe.passes.rewrite.factorising.remainders import kept_rows
 from torchlathe.passes.rewrite.factorising.sensitivity import Effects, output_weights
 from torchlathe.passes.rewrite.factorising.sites import Site, same_input
@@ -41,10 +41,13 @@ __all__ = ["Allotment", "Wanted", "allot", "rank_within", "uniform"]
 # A choice that turns out too slow is made again with less, so many times.
 _CORRECTIONS = 3
 _NEAR = 1.02
-# What a mixed choice is tried against, by labels of plans.
+# What a mixed choice is tried against, by labels of plans; and the same with all layers together
+# that can be, which differs from the choice since the choice does not know how errors meet.
+_TOGETHER = "whitened, joint wherever possible"
 _FEWER = {
     "products": ("svd", "whitened-svd", "joint", "spatial", "tucker", "cp"),
     "whitened and joint": ("whitened-svd", "joint"),
+    _TOGETHER: ("whitened-svd", "joint"),
     "whitened": ("whitened-svd",),
 }
 
@@ -226,6 +229,8 @@ def _tried(
     candidates = {"all": chosen}
     for name, labels in _FEWER.items():
         fewer = [o for o in allotted.options if o.plan is None or o.plan.label in labels]
+        if name == _TOGETHER:
+            fewer = _together(fewer)
         found = solve(thinned(fewer), budget.amount)
         if cost_of(found) <= budget.amount and not any(
             set(_plans(found)) == set(_plans(other)) for other in candidates.values()
@@ -234,15 +239,21 @@ def _tried(
     if len(candidates) < 2:
         return chosen
     plans = [_plans(found) for found in candidates.values()]
-    changes, allotted.made = changes_of_outputs(
-        program, ctx, plans, allotted.metrics, wanted.damping
+    changes, made = changes_on_held_out(
+        program, ctx, plans, allotted.metrics, wanted.method, wanted.damping
     )
     best = min(range(len(plans)), key=changes.__getitem__)
-    allotted.made = {plan: allotted.made[plan] for plan in plans[best]}
+    allotted.made = {plan: made[plan] for plan in plans[best] if plan in made}
     told = ", ".join(f"{n} {c:.3g}" for n, c in zip(candidates, changes, strict=True))
     text = f"relative squared change of the outputs by what is chosen among: {told}"
     allotted.diagnostics.append(Diagnostic("note", text))
     return list(candidates.values())[best]
+
+
+def _together(options: Sequence[Option]) -> list[Option]:
+    """Without splits of one layer alone that could be split together with others."""
+    grouped = {site for option in options if len(option.sites) > 1 for site in option.sites}
+    return [o for o in options if len(o.sites) > 1 or o.plan is None or o.sites[0] not in grouped]
 
 
 def _fast_enough(

@@ -54,7 +54,7 @@ class Metrics:
         if not all(site in self.means for site in sites):
             return second
         mean = self.means[first][group]
-        return second - torch.outer(mean, mean)
+        return torch.addr(second, mean, mean, alpha=-1)
 
     def weights(self, site: Site, group: int) -> torch.Tensor | None:
         """Of the rows of one group."""
@@ -117,7 +117,7 @@ def collect_metrics(
 
 
 class _Seconds(Mapping[Site, torch.Tensor]):
-    """Second moments by site, each made when it is asked for; the last one is kept.
+    """Second moments by site, each made when it is asked for; the last one of groups is kept.
 
     Sums of products may be in memory-mapped files: only one matrix at a time is in memory.
     """
@@ -132,7 +132,10 @@ class _Seconds(Mapping[Site, torch.Tensor]):
             count = max(1, sum(part.count for part in parts))
             self._last = None
             total = _sum_of([part.products for part in parts if part.products is not None])
-            self._last = site, total / count
+            found = total / count
+            if len(found) == 1:
+                return found  # asked for once and again only where there are groups
+            self._last = site, found
         return self._last[1]
 
     def __iter__(self) -> Iterator[Site]:

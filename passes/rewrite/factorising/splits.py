@@ -176,16 +176,19 @@ def split(
     if rank < 1:
         raise ValueError(f"a rank of {rank}")
     scale = _row_scale(rows)
-    matrix = weight.detach().double()
-    if scale is not None:
-        matrix = matrix * scale[:, None]
-    moment = damped(inputs, damping, matrix)
-    rank = min(rank, *matrix.shape)
+    rank = min(rank, *weight.shape)
     if randomised is None:
-        randomised = rank < _RANDOMISED_BELOW * min(matrix.shape)
-    find = _random_basis if randomised else _basis
-    basis, energy, error = find(matrix, moment, rank, seed)
+        randomised = rank < _RANDOMISED_BELOW * min(weight.shape)
+    norm = _Norm(inputs, damping)
+    del inputs  # it can go as soon as the norm is done with it
+    if randomised:
+        matrix = _scaled(weight, scale)
+        basis, energy, error = _random_basis(matrix, norm, rank, seed)
+    else:
+        basis, energy, error = _basis(weight, scale, norm, rank)
+        matrix = _scaled(weight, scale)
     down = basis.T @ matrix
+    del matrix
     up = basis if scale is None else basis / scale[:, None]
     sizes = up.norm(dim=0), down.norm(dim=1)
     # A direction with nothing in it stays zero in both factors.
@@ -205,16 +208,14 @@ def spectrum(
 
     ``spectrum(...)[r:].sum()`` is the ``error`` of the split of rank ``r``.
     """
+    norm = _Norm(inputs, damping)
     scale = _row_scale(rows)
-    matrix = weight.detach().double()
-    if scale is not None:
-        matrix = matrix * scale[:, None]
-    moment = damped(inputs, damping, matrix)
-    if matrix.shape[0] <= matrix.shape[1]:
-        gram = _gram(matrix, moment)
+    if weight.shape[0] <= weight.shape[1]:
+        gram = _gram(_scaled(weight, scale), norm)
     else:
-        rooted = matrix if moment is None else matrix @ _root(moment)
+        rooted = norm.rooted(_scaled(weight, scale))
         gram = rooted.T @ rooted
+        del rooted
     values: torch.Tensor = torch.linalg.eigvalsh(gram)
     return values.flip(0).clamp_min(0)
 
@@ -270,34 +271,75 @@ def _energy(matrix: torch.Tensor, moment: torch.Tensor | None) -> float:
     return float(gram_energy(matrix, moment).sum())
 
 
-def _gram(matrix: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
-    read = matrix if moment is None else matrix @ moment
-    gram = read @ matrix.T
-    return (gram + gram.T) / 2
+class _Norm:
+    """A second moment with damping, which is multiplied with once and then let go.
+
+    Args:
+        inputs: Shape (ins, ins); None for the identity.
+        damping: Relative to the mean of the diagonal.
+    """
+
+    def __init__(self, inputs: torch.Tensor | None, damping: float) -> None:
+        self._inputs = inputs
+        self._added = 0.0 if inputs is None else damping * float(inputs.diagonal().double().mean())
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """M A; the matrix itself for the identity."""
+        if self._inputs is None:
+            return matrix
+        read = matrix @ self._inputs.detach().to(matrix.device, torch.float64)
+        self._inputs = None
+        return read.add_(matrix, alpha=self._added)
+
+    def rooted(self, matrix: torch.Tensor) -> torch.Tensor:
+        """M C with C C' = A, for any positive semidefinite A."""
+        if self._inputs is None:
+            return matrix
+        own = self._inputs.detach().to(matrix.device, torch.float64, copy=True)
+        own.diagonal().add_(self._added)
+        self._inputs = None
+        values, vectors = _eigh(own)
+        return (matrix @ vectors).mul_(values.clamp_min(0).sqrt())
 
 
-def _root(moment: torch.Tensor) -> torch.Tensor:
-    """C with C C' = A, for any positive semidefinite A."""
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    root: torch.Tensor = vectors * values.clamp_min(0).sqrt()
-    return root
+def _scaled(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """In float64; not to be changed, for it may be the weight."""
+    return weight.detach().double() if scale is None else weight.detach() * scale[:, None]
+
+
+def _gram(matrix: torch.Tensor, norm: _Norm) -> torch.Tensor:
+    """M A M', of which both triangles are right but for rounding: solvers read one of them."""
+    return norm.of(matrix) @ matrix.T
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and -vectors of a symmetric matrix, which is overwritten.
+
+    LAPACK works in place, on columns; its workspace is twice the matrix. Other devices take a copy.
+    """
+    if matrix.device.type != "cpu":
+        return tuple(torch.linalg.eigh(matrix))
+    columns = matrix.mT
+    values = matrix.new_empty(len(matrix))
+    torch.linalg.eigh(columns, out=(values, columns))
+    return values, columns
 
 
 def _basis(
-    matrix: torch.Tensor, moment: torch.Tensor | None, rank: int, seed: int
+    weight: torch.Tensor, scale: torch.Tensor | None, norm: _Norm, rank: int
 ) -> tuple[torch.Tensor, float, float]:
     """Leading left singular vectors of M C, (outs, rank), with the energy of all and of the rest.
 
     By the Gram matrix of the smaller side. In float64 it resolves singular values down to 1e-8 of
-    the largest, which is what float32 weights hold.
+    the largest, which is what float32 weights hold. M is D W; while the vectors are solved for,
+    only the Gram matrix is there.
     """
-    del seed
-    if matrix.shape[0] <= matrix.shape[1]:
-        values, vectors = torch.linalg.eigh(_gram(matrix, moment))
+    if weight.shape[0] <= weight.shape[1]:
+        values, vectors = _eigh(_gram(_scaled(weight, scale), norm))
         basis = vectors[:, -rank:].flip(1)
     else:
-        rooted = matrix if moment is None else matrix @ _root(moment)
-        values, vectors = torch.linalg.eigh(rooted.T @ rooted)
+        rooted = norm.rooted(_scaled(weight, scale))
+        values, vectors = _eigh(rooted.T @ rooted)
         # QR instead of dividing by singular values, some of which may be zero.
         basis = _orthonormal(rooted @ vectors[:, -rank:].flip(1))
     values = values.clamp_min(0)
@@ -305,20 +347,20 @@ def _basis(
 
 
 def _random_basis(
-    matrix: torch.Tensor, moment: torch.Tensor | None, rank: int, seed: int
+    matrix: torch.Tensor, norm: _Norm, rank: int, seed: int
 ) -> tuple[torch.Tensor, float, float]:
     """The same by randomised subspace iteration (Halko, Martinsson, Tropp, algorithm 4.4)."""
     generator = torch.Generator().manual_seed(seed)
     width = min(rank + max(10, rank // 5), *matrix.shape)
     start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator)
     # W A once, which the energy takes anyway; each further product is with few vectors.
-    read = matrix if moment is None else matrix @ moment
+    read = norm.of(matrix)
     basis = _orthonormal(matrix @ start.to(matrix.device))
     for _ in range(_POWER_ITERATIONS):
         basis = _orthonormal(read @ (matrix.T @ basis))
     small = (read.T @ basis).T @ (matrix.T @ basis)
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    energy = float((read * matrix).sum())
+    energy = float(torch.vdot(read.flatten(), matrix.flatten()))
     error = max(energy - float(values[-rank:].sum()), 0.0)
     return basis @ vectors[:, -rank:].flip(1), energy, error
 

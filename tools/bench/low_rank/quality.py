@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torchlathe.passes.spec import parse_pipeline
 from torchlathe.tools.bench import character_model
 from torchlathe.tools.bench.low_rank.remembering import Remembered
 
-__all__ = ["CONTESTANTS", "HEAL", "SHARES", "characters", "healed", "minilm"]
+__all__ = ["CONTESTANTS", "HEAL", "SHARES", "characters", "healed", "healed_minilm", "minilm"]
 
 SHARES: Final = (0.7, 0.5, 0.35)
 _PRODUCTS = ("svd", "whitened-svd", "joint")
@@ -41,17 +41,17 @@ CONTESTANTS: Final[dict[str, dict[str, Any]]] = {
 # Under a budget of the whole model, embeddings are split too.
 WHOLE: Final = ("svd", "whitened", "mixed, without networks")
 HEALED: Final = ("svd", "whitened", "mixed, exact")
+HEALED_MINILM: Final = ("whitened, uniform", "mixed, exact")
 HEAL: Final = "heal{method=closed-form}"
 _SENTENCES, _TEST, _BATCH = 256, 96, 32
 
 Row = dict[str, Any]
+_Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
+_Judge: TypeAlias = Callable[[Program], Row]
 
 
-def minilm(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> Iterator[Row]:
-    """A row for each contestant and size that is not done yet, by the share of linear layers.
-
-    Rows with ``"whole"`` are by the share of the whole model instead.
-    """
+def _encoder() -> tuple[Program, list[Any], _Loss, _Judge]:
+    """MiniLM, its calibration batches, a loss, and how it is judged on other sentences."""
     from torchlathe.tools.demo_minilm import compare_embeddings, embed, load_encoder
     from torchlathe.tools.sentence_encoder import documentation_sentences
 
@@ -81,6 +81,15 @@ def minilm(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> I
             "spearman": found.spearman,
         }
 
+    return program, batches, loss, judge
+
+
+def minilm(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> Iterator[Row]:
+    """A row for each contestant and size that is not done yet, by the share of linear layers.
+
+    Rows with ``"whole"`` are by the share of the whole model instead.
+    """
+    program, batches, loss, judge = _encoder()
     kept = Remembered("low-rank-minilm")
     for name, options in _chosen(CONTESTANTS, only):
         for share in SHARES:
@@ -128,25 +137,52 @@ def healed(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> I
     program = capture(model, (batches[0],), dynamic_shapes=axes)
     test = list(character_model.batches(24, test=True, seed=1))
     kept = Remembered("low-rank-characters")
+    wanted = [(name, share) for name in HEALED for share in SHARES]
+
+    def judge(after: Program) -> Row:
+        return {"perplexity": character_model.perplexity(after.run, test)}
+
+    for row in _healed(console, program, batches, judge, kept, wanted, done, only):
+        yield row | {"before": row["before"]["perplexity"]}
+
+
+def healed_minilm(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> Iterator[Row]:
+    """Agreement of MiniLM before and after `heal`, for some of the contestants."""
+    program, batches, _, judge = _encoder()
+    kept = Remembered("low-rank-minilm")
+    wanted = [(name, share) for share in (0.5, 0.7, 0.35) for name in HEALED_MINILM]
+    for row in _healed(console, program, batches, judge, kept, wanted, done, only):
+        yield row | {"before": row["before"]["cosine"]}
+
+
+def _healed(
+    console: Console,
+    program: Program,
+    batches: Sequence[Any],
+    judge: _Judge,
+    kept: Remembered,
+    wanted: Sequence[tuple[str, float]],
+    done: Sequence[Row],
+    only: Sequence[str],
+) -> Iterator[Row]:
     (heal,) = parse_pipeline(HEAL)
-    for name, options in _chosen({name: CONTESTANTS[name] for name in HEALED}, only):
-        for share in SHARES:
-            key = {"contestant": name, "share": share}
-            if _has(done, key):
-                continue
-            chosen = LowRankSplit(share=share, time=False, **options)
-            after = program.copy()
-            ctx = PassContext(after, chosen.spec(), calibration=batches)
-            chosen.run_with(after, ctx, kept.sources)
-            before = character_model.perplexity(after.run, test)
-            ctx = PassContext(after, heal.spec(), batches, original=program)
-            start = time.process_time()
-            heal.run(after, ctx)  # type: ignore[attr-defined]  # a rewrite, as its name says
-            seconds = time.process_time() - start
-            perplexity = character_model.perplexity(after.run, test)
-            console.print(f"{key}: {before:.3f}, healed {perplexity:.3f}, {seconds:.0f} s")
-            row = key | {"spec": f"{chosen.spec()},{HEAL}", "before": before}
-            yield row | {"perplexity": perplexity, "seconds": seconds}
+    for name, share in wanted:
+        key = {"contestant": name, "share": share}
+        if _has(done, key) or not (not only or any(word in name for word in only)):
+            continue
+        chosen = LowRankSplit(share=share, time=False, **CONTESTANTS[name])
+        after = program.copy()
+        ctx = PassContext(after, chosen.spec(), calibration=batches)
+        chosen.run_with(after, ctx, kept.sources)
+        before = judge(after)
+        ctx = PassContext(after, heal.spec(), batches, original=program)
+        start = time.process_time()
+        heal.run(after, ctx)  # type: ignore[attr-defined]  # a rewrite, as its name says
+        seconds = time.process_time() - start
+        found = judge(after)
+        console.print(f"{key}: {before}, healed {found}, {seconds:.0f} s")
+        row = key | {"spec": f"{chosen.spec()},{HEAL}", "before": before}
+        yield row | found | {"seconds": seconds}
 
 
 def _chosen(
@@ -164,8 +200,8 @@ def _row(
     console: Console,
     program: Program,
     batches: Sequence[Any],
-    loss: Callable[[Any, Any], torch.Tensor],
-    judge: Callable[[Program], Row],
+    loss: _Loss,
+    judge: _Judge,
     kept: Remembered,
     key: Row,
     options: dict[str, Any],
