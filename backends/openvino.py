@@ -13,7 +13,7 @@ from torchlathe.backends.base import Capabilities, Configured, Lowerable
 from torchlathe.backends.exporting import Boundary, exported_program
 from torchlathe.ir import BackendError, OptionError
 from torchlathe.ir.files import atomic, copy_file
-from torchlathe.ir.quiet import quiet_torch
+from torchlathe.ir.quiet import logging_kept, quiet_torch
 
 __all__ = ["OpenVino", "RequestRun"]
 
@@ -74,7 +74,7 @@ class OpenVino(Configured):
         if self.precision != "native":
             config["INFERENCE_PRECISION_HINT"] = self.precision
         try:
-            with quiet_torch(), torch.no_grad():
+            with quiet_torch(), logging_kept(), torch.no_grad():
                 model = openvino.convert_model(exported)
                 compiled = core.compile_model(model, "CPU", config)
         except Exception as error:

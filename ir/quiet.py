@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-__all__ = ["error_chain", "quiet_torch"]
+__all__ = ["error_chain", "logging_kept", "quiet_torch"]
 
 # Modules that torch's warnings are attributed to, by the depth of their call.
 _SOURCES = r"(torch|contextlib|copyreg)(\.|$)"
@@ -52,6 +52,18 @@ def quiet_torch() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def logging_kept() -> Iterator[None]:
+    """Undo what a library does to the root logger, which is the user's."""
+    root = logging.getLogger()
+    level, handlers, filters = root.level, list(root.handlers), list(root.filters)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:], root.filters[:] = handlers, filters
 
 
 @contextlib.contextmanager

@@ -1,3 +1,5 @@
+import logging
+
 """The backends of other runtimes: AOTInductor, ONNX Runtime, OpenVINO, ExecuTorch, and auto."""
 
 import subprocess
@@ -206,8 +208,11 @@ class Fourier(nn.Module):
 @pytest.mark.parametrize("backend", [p for p in RUNTIMES if p.id in ("onnx", "openvino")])
 def test_an_op_that_a_runtime_does_not_have_is_a_named_error(backend: str) -> None:
     program = capture(Fourier(), (torch.randn(3, 3),))
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
     with pytest.raises(BackendError, match=r"could not export|does not take|refuses"):
         CompiledModel(program, backend)
+    assert (root.level, list(root.handlers)) == before
 
 
 @needs_onnx
