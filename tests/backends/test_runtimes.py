@@ -1,7 +1,6 @@
-import logging
-
 """The backends of other runtimes: AOTInductor, ONNX Runtime, OpenVINO, ExecuTorch, and auto."""
 
+import logging
 import subprocess
 import sys
 from importlib.util import find_spec
