@@ -31,7 +31,8 @@ weights and whose Gauss-Newton matrix is its Hessian there. The factors have 8 d
 `drawn` had {vectors}.
 `auto` is what is asked by default: `unit_costs` for units that are erased, `predict` for all else.
 `ggn` was tried on fewer changes where a second number is given for it, and `hessian` on as many as
-the last number says. *Change* is the median size of the measured change.
+the last number says; a correlation of two changes (tensors of the CNN, moved) can only be 1 or -1,
+and one of four says little. *Change* is the median size of the measured change.
 """
 
 VERDICT = """\
