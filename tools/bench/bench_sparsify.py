@@ -45,7 +45,8 @@ HEAD = """
 <!-- From here on written by `python -m torchlathe.tools.bench.bench_sparsify`; do not edit. -->
 
 `python -m torchlathe.tools.bench.bench_sparsify` on {cpu}, {threads} thread, torch {torch}. In
-brackets the mean relative squared error of the layers' outputs. Nothing is trained afterwards.
+brackets the mean relative squared error of the layers' outputs, for magnitudes that of the weights.
+Nothing is trained afterwards.
 
 """
 TEXTS = {
