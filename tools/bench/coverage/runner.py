@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -135,6 +136,8 @@ def _text(error: Exception) -> str:
     text = " ".join(str(error).split())[:400]
     if where and str(where) not in text:
         text += f" [{where}]"
+    # Where packages are installed is nobody's business.
+    text = re.sub(r"\S*/site-packages/", "", text)
     return f"{type(error).__name__}: {text}"
 
 
