@@ -10,11 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from torchlathe.ir import OptionError, Program, TensorKind, module_path
+from torchlathe.ir import InputError, OptionError, Program, TensorKind, module_path
 from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.provenance import info
 
-__all__ = ["Kind", "Site", "bias_of", "chosen_sites", "find_sites", "same_input"]
+__all__ = [
+    "Kind",
+    "Site",
+    "bias_of",
+    "chosen_sites",
+    "find_sites",
+    "refuse_not_finite",
+    "same_input",
+]
 
 Kind = Literal["linear", "embedding", "convolution", "experts"]
 
@@ -279,3 +287,18 @@ def same_input(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
         for data, group in by_input.items()
         if len(group) > 1 and info(data).tensor is None
     ]
+
+
+def refuse_not_finite(program: Program, sites: Iterable[Site]) -> None:
+    """Refuse weights that no sum could be made of.
+
+    Raises:
+        InputError: One of them holds NaN or infinity.
+    """
+    for site in sites:
+        if not bool(torch.isfinite(program.tensor(site.weight).detach()).all()):
+            raise InputError(
+                f"{site.weight} has values that are not finite",
+                where=site.weight,
+                hint="load a checkpoint from before the training diverged, or exclude the layer",
+            )

@@ -10,11 +10,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from torchlathe.ir import InputError, OptionError, PreconditionError, Program
+from torchlathe.ir import OptionError, PreconditionError, Program
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.quantities import BYTES, quantity
-from torchlathe.passes.rewrite.factorising.sites import Site, chosen_sites, find_sites
+from torchlathe.passes.rewrite.factorising.sites import (
+    Site,
+    chosen_sites,
+    find_sites,
+    refuse_not_finite,
+)
+from torchlathe.passes.rewrite.factorising.telling import left_alone, listed
 from torchlathe.passes.rewrite.quantising.balancing import Balance, balance
 from torchlathe.passes.rewrite.quantising.facts import Unpacked
 from torchlathe.passes.rewrite.quantising.grids import Clip, quantised
@@ -228,7 +234,7 @@ class Quantize(RewritePass):
             need_data(ctx, "scales are chosen by its channels")
         if self.method == "gptq":
             need_data(ctx, "columns make up for one another so that outputs on it stay as they are")
-        _refuse_not_finite(program, sites)
+        refuse_not_finite(program, sites)
         plans, diagnostics = _plans(program, sites, self._scheme, left)
         mixed: dict[str, int | float | str] = {}
         if self.bytes is not None and plans:
@@ -236,7 +242,7 @@ class Quantize(RewritePass):
             plans, mixed = self._mixed(program, ctx, plans, left)
         if not plans:
             diagnostics.append(Diagnostic("warning", "there is no layer to quantise"))
-            return PassResult(False, {"layers": 0}, [*diagnostics, *_left_alone(left)])
+            return PassResult(False, {"layers": 0}, [*diagnostics, *left_alone(left)])
         bytes_before = program.cost().bytes
         moved: dict[str, int | float | str] = {}
         if self.rotate:
@@ -248,7 +254,7 @@ class Quantize(RewritePass):
         outcomes: dict[str, Outcome] = {}
         if self.method == "gptq":
             outcomes = self._sweep(program, ctx, layers)
-        diagnostics += [*_told(layers, outcomes), *_left_alone(left)]
+        diagnostics += [*_told(layers, outcomes), *left_alone(left)]
         statistics = {**_statistics(program, layers, outcomes, bytes_before), **moved, **mixed}
         return PassResult(True, statistics, diagnostics, details=_details(layers, outcomes))
 
@@ -349,16 +355,6 @@ def _reader_of(site: Site, readers: Mapping[fx.Node, Reader]) -> Reader | None:
     return None
 
 
-def _refuse_not_finite(program: Program, sites: Sequence[Site]) -> None:
-    for site in sites:
-        if not bool(torch.isfinite(program.tensor(site.weight).detach()).all()):
-            raise InputError(
-                f"{site.weight} has values that are not finite",
-                where=site.weight,
-                hint="load a checkpoint from before the training diverged, or exclude the layer",
-            )
-
-
 def _plans(
     program: Program, sites: Sequence[Site], scheme: Scheme, left: dict[str, str]
 ) -> tuple[dict[Site, Scheme], list[Diagnostic]]:
@@ -377,7 +373,7 @@ def _plans(
         plans[site] = own
     told = []
     if small:
-        text = f"one scale a row, for rows shorter than a group of {scheme.group}: {_listed(small)}"
+        text = f"one scale a row, for rows shorter than a group of {scheme.group}: {listed(small)}"
         told.append(Diagnostic("note", text, name=small[0]))
     return plans, told
 
@@ -431,17 +427,3 @@ def _told(layers: Sequence[_Layer], outcomes: Mapping[str, Outcome]) -> Iterator
                 f"{outcome.error:.2g}, rounded to nearest {outcome.nearest:.2g}"
             )
         yield Diagnostic("note", text, name=name)
-
-
-def _left_alone(left: Mapping[str, str]) -> Iterator[Diagnostic]:
-    """One line for each reason, with the layers."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        yield Diagnostic("note", f"left alone, since {reason}: {_listed(names)}", name=names[0])
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from torchlathe.ir import Edit, InputError, OptionError, PreconditionError, Program
+from torchlathe.ir import Edit, OptionError, PreconditionError, Program
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
-from torchlathe.passes.rewrite.factorising.sites import Site, chosen_sites, find_sites
+from torchlathe.passes.rewrite.factorising.sites import (
+    Site,
+    chosen_sites,
+    find_sites,
+    refuse_not_finite,
+)
+from torchlathe.passes.rewrite.factorising.telling import left_alone
 from torchlathe.passes.rewrite.sparsifying.solving import Method, Solved, solve
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
 from torchlathe.passes.statistics import Reader, readers_of
@@ -107,19 +113,14 @@ class SparsifyNM(RewritePass):
             embeddings=self.embeddings,
             where=self.name,
         )
+        refuse_not_finite(program, sites)
         wanted = []
         for site in sites:
-            if not bool(torch.isfinite(program.tensor(site.weight).detach()).all()):
-                raise InputError(
-                    f"{site.weight} has values that are not finite",
-                    where=site.weight,
-                    hint="load a checkpoint from before the training diverged, or exclude it",
-                )
             if reason := self._pattern.why_not(site.outs, _width(site, self._pattern)):
                 left[site.weight] = reason
             else:
                 wanted.append(site)
-        told = [*_left_alone(left)]
+        told = [*left_alone(left)]
         if not wanted:
             told.insert(0, Diagnostic("warning", "there is no layer that the pattern fits"))
             return PassResult(False, {"layers": 0}, told)
@@ -258,13 +259,3 @@ def _no_faster(pattern: Pattern) -> Diagnostic:
         f"weights with zeros ({pattern}) run as dense ones: no kernel that was measured to be "
         "faster takes them here",
     )
-
-
-def _left_alone(left: Mapping[str, str]) -> Iterator[Diagnostic]:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        rest = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        text = f"left alone, since {reason}: {', '.join(names[:6])}{rest}"
-        yield Diagnostic("note", text, name=names[0])
