@@ -21,6 +21,7 @@ from torchlathe.ir import (
     source_line,
 )
 from torchlathe.ir.interpreting import ReplaceTensor
+from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.options import MismatchError, conform, did_you_mean, options_of, text_of
 
 __all__ = [
@@ -270,6 +271,18 @@ class RewritePass(Pass):
         Raises:
             Error: Of the kind that fits, for instance PreconditionError without calibration data.
         """
+
+    def need_values(self, program: Program) -> None:
+        """Refuse a program without the values of its weights.
+
+        Raises:
+            PreconditionError: There are none.
+        """
+        if reason := cannot_run(program):
+            raise PreconditionError(
+                f"{self.name} needs the values of the weights: {reason}",
+                hint="capture the model with its weights",
+            )
 
     @abstractmethod
     def run(self, program: Program, ctx: PassContext) -> PassResult:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torchlathe.ir import OptionError, PreconditionError, Program
-from torchlathe.ir.verifying import cannot_run
+from torchlathe.ir import OptionError
 from torchlathe.passes.rewrite.allocation.budgets import budgets
 
 __all__ = ["BUDGETS", "Amount", "AmountOptions"]
@@ -91,15 +90,3 @@ class AmountOptions:
     def refused(self, message: str, hint: str | None = None) -> OptionError:
         """The error about an option of this pass."""
         return OptionError(message, where=self.name, hint=hint)
-
-    def check_values(self, program: Program) -> None:
-        """Refuse a program without the values of its weights.
-
-        Raises:
-            PreconditionError: There are none.
-        """
-        if reason := cannot_run(program):
-            raise PreconditionError(
-                f"{self.name} needs the values of the weights: {reason}",
-                hint="capture the model with its weights",
-            )

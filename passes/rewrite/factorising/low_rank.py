@@ -190,7 +190,7 @@ class LowRankSplit(AmountOptions, RewritePass):
         Raises:
             PreconditionError: There are no weights, or no loss where one is needed.
         """
-        self.check_values(program)
+        self.need_values(program)
         fisher = self.method == "fisher-weighted"
         if fisher and ctx.loss is None and "loss" not in str(program.out_spec):
             ctx.need("loss", "the Fisher information is made of its gradients")

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from torchlathe.ir import OptionError, PreconditionError, Program
-from torchlathe.ir.verifying import cannot_run
+from torchlathe.ir import OptionError, Program
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.quantities import BYTES, quantity
 from torchlathe.passes.rewrite.factorising.sites import (
@@ -214,11 +213,7 @@ class Quantize(RewritePass):
         Raises:
             PreconditionError: There are no weights.
         """
-        if reason := cannot_run(program):
-            raise PreconditionError(
-                f"{self.name} needs the values of the weights: {reason}",
-                hint="capture the model with its weights",
-            )
+        self.need_values(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Round every layer, then sweep those that the method asks for."""

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from torchlathe.ir import Edit, PreconditionError, Program, TensorKind
+from torchlathe.ir import Edit, Program, TensorKind
 from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.provenance import info
-from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.quantising.facts import Unpacked
 from torchlathe.passes.rewrite.reordering.attention import find_single_heads, fuse_single_head
@@ -52,11 +51,7 @@ class ReorderLinear(RewritePass):
         Raises:
             PreconditionError: There are no weights to multiply.
         """
-        if reason := cannot_run(program):
-            raise PreconditionError(
-                f"{self.name} needs the values of the weights: {reason}",
-                hint="capture the model with its weights",
-            )
+        self.need_values(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Find the chains, cut each where it is cheapest, and fuse the pieces."""

@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchlathe.ir import Edit, OptionError, PreconditionError, Program
+from torchlathe.ir import Edit, OptionError, Program
 from torchlathe.ir.analysis import Analysis
 from torchlathe.ir.axes import Atom
-from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.analysis.families import Families, Family, ZeroInvariantGroups
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.erasing.units import unit_indices
@@ -71,11 +70,7 @@ class PermuteChannels(RewritePass):
         Raises:
             PreconditionError: There are no weights.
         """
-        if reason := cannot_run(program):
-            raise PreconditionError(
-                f"{self.name} needs the values of the weights: {reason}",
-                hint="capture the model with its weights",
-            )
+        self.need_values(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Search an order for each family that layers read, and put it in place."""

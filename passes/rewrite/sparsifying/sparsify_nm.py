@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchlathe.ir import Edit, OptionError, PreconditionError, Program
-from torchlathe.ir.verifying import cannot_run
+from torchlathe.ir import Edit, OptionError, Program
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.factorising.sites import (
     Site,
@@ -98,11 +97,7 @@ class SparsifyNM(RewritePass):
         Raises:
             PreconditionError: There are no weights.
         """
-        if reason := cannot_run(program):
-            raise PreconditionError(
-                f"{self.name} needs the values of the weights: {reason}",
-                hint="capture the model with its weights",
-            )
+        self.need_values(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Make every layer sparse that has the pattern's shape."""

@@ -192,7 +192,7 @@ class NetworkSplit(AmountOptions, RewritePass):
         Raises:
             PreconditionError: There are no weights.
         """
-        self.check_values(program)
+        self.need_values(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Collect what the method needs, choose bonds, and write one layer at a time."""

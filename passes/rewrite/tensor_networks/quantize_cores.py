@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from torchlathe.ir import Edit, OptionError, PreconditionError, Program, TensorKind
-from torchlathe.ir.verifying import cannot_run
+from torchlathe.ir import Edit, OptionError, Program, TensorKind
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.quantising.grids import Quantised, quantised
 from torchlathe.passes.rewrite.quantising.schemes import Scheme, scheme_of
@@ -76,11 +75,7 @@ class QuantizeCores(RewritePass):
         Raises:
             PreconditionError: There are no weights.
         """
-        if reason := cannot_run(program):
-            raise PreconditionError(
-                f"{self.name} needs the values of the weights: {reason}",
-                hint="capture the model with its weights",
-            )
+        self.need_values(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Round one core after the other."""
