@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from torchlathe.tools.bench.bench_low_rank import RESULTS
-from torchlathe.tools.bench.low_rank_page import MARK, measured
+from torchlathe.tools.bench.low_rank_page import measured
+from torchlathe.tools.bench.markdown import MARK
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "low_rank.md"
 

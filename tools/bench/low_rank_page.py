@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.bench_low_rank import RESULTS
 from torchlathe.tools.bench.low_rank.quality import CONTESTANTS, HEAL
+from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
 __all__ = ["main", "measured"]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "low_rank.md"
-MARK: Final = "<!-- measured -->\n"
 
 HEAD = """
 ## Measured
@@ -140,7 +139,7 @@ def _quality(
 
     listed = sorted(names, key=lambda name: order.get(name, len(order)))
     table = [[name, *(cell(name, share) for share in shares)] for name in listed]
-    return _table(["method", *(f"{share:.0%}" for share in shares)], table)
+    return markdown_table(["method", *(f"{share:.0%}" for share in shares)], table)
 
 
 def _healed(rows: Sequence[dict[str, Any]], what: str) -> str:
@@ -150,7 +149,7 @@ def _healed(rows: Sequence[dict[str, Any]], what: str) -> str:
     }
     names = dict.fromkeys(row["contestant"] for row in rows)
     table = [[name, *(found.get((name, share), "-") for share in shares)] for name in names]
-    return _table(["method", *(f"{share:.0%}" for share in shares)], table)
+    return markdown_table(["method", *(f"{share:.0%}" for share in shares)], table)
 
 
 def _times(rows: Sequence[dict[str, Any]]) -> str:
@@ -166,7 +165,7 @@ def _times(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _table(["matrix", "what", "seconds", "ratio"], table)
+    return markdown_table(["matrix", "what", "seconds", "ratio"], table)
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> str:
@@ -178,7 +177,7 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> str:
         cells = (f"{found[shape, share, mode, count]:.2f}" for count in counts)
         table.append(["x".join(map(str, shape)), f"{share:.0%}", str(rank), mode, *cells])
     header = ["layer", "kept", "rank", "backend", *(f"{count} rows" for count in counts)]
-    return _table(header, table)
+    return markdown_table(header, table)
 
 
 def _memory(rows: Sequence[dict[str, Any]]) -> str:
@@ -189,25 +188,13 @@ def _memory(rows: Sequence[dict[str, Any]]) -> str:
         for r in rows
     }
     table = [[m, *(f"{found[m, depth]:.1f}" for depth in depths)] for m in methods]
-    return _table(["method", *(f"{depth} layers" for depth in depths)], table)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return markdown_table(["method", *(f"{depth} layers" for depth in depths)], table)
 
 
 def main() -> int:
     """Write the page; returns the exit status."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, mark, _ = text.partition(MARK)
-    if not mark:
-        print(f"{PAGE} has no line {MARK.strip()}", file=sys.stderr)
-        return 1
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
-    write_text(PAGE, head + mark + "\n" + measured(result))
-    return 0
+    return rewrite_measured(PAGE, measured(result))
 
 
 if __name__ == "__main__":

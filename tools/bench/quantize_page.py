@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.bench_quantize import RESULTS
+from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
 __all__ = ["main", "measured"]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "quantize.md"
-MARK: Final = "<!-- measured -->\n"
 
 HEAD = """
 ## Measured
@@ -76,7 +75,7 @@ def _fidelity(rows: Sequence[dict[str, Any]], score: str) -> str:
         value = f"{row[score]:.5f}" if score == "cosine" else f"{row[score]:.3f}"
         table.append([row["contestant"], f"{row['bits']:.2f}", value, *worst, better])
     header = ["what", "bits a weight", score, *(["worst"] if score == "cosine" else []), "better"]
-    return _table(header, table)
+    return markdown_table(header, table)
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> str:
@@ -93,25 +92,13 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     header = ["batch x tokens", "what", "ms", "least ms", "times fp32", "times bf16", "error"]
-    return _table(header, table)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, table)
 
 
 def main() -> int:
     """Write the page; returns the exit status."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, mark, _ = text.partition(MARK)
-    if not mark:
-        print(f"{PAGE} has no line {MARK.strip()}", file=sys.stderr)
-        return 1
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
-    write_text(PAGE, head + mark + "\n" + measured(result))
-    return 0
+    return rewrite_measured(PAGE, measured(result))
 
 
 if __name__ == "__main__":

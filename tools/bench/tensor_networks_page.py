@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.bench_tensor_networks import RESULTS, SHARES, TYPES
+from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 from torchlathe.tools.bench.tensor_networks_recipe import STEPS
 
 __all__ = ["main", "measured"]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "tensor_networks.md"
 LOW_RANK: Final = RESULTS.with_name("low_rank_cpu.json")
-MARK: Final = "<!-- measured -->\n"
 
 HEAD = """
 ## Measured
@@ -110,7 +109,7 @@ def _layers(rows: Sequence[dict[str, Any]]) -> str:
                 f"**{value:.3f}**" if value == min(values) else f"{value:.3f}" for value in values
             ]
             table.append([kind, f"{row['share']:.0%}", *cells])
-    return _table(["layer", "kept", *columns], table)
+    return markdown_table(["layer", "kept", *columns], table)
 
 
 def _quality(rows: Sequence[dict[str, Any]], low_rank: Sequence[dict[str, Any]]) -> str:
@@ -132,7 +131,7 @@ def _by_share(rows: Sequence[dict[str, Any]], key: str, form: str) -> str:
         return form.format(found[name, share]) if (name, share) in found else "-"
 
     table = [[name, *(cell(name, share) for share in SHARES)] for name in names]
-    return _table(["method", *(f"{share:.0%}" for share in SHARES)], table)
+    return markdown_table(["method", *(f"{share:.0%}" for share in SHARES)], table)
 
 
 def _recipe(rows: Sequence[dict[str, Any]]) -> str:
@@ -147,7 +146,7 @@ def _recipe(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _table(["", "parameters", "bytes", "perplexity", "change"], table)
+    return markdown_table(["", "parameters", "bytes", "perplexity", "change"], table)
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> str:
@@ -163,25 +162,13 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     header = ["layer", "kept", "network", "FLOPs", *(f"{count} rows" for count in counts)]
-    return _table(header, table)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, table)
 
 
 def main() -> int:
     """Write the page; returns the exit status."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, mark, _ = text.partition(MARK)
-    if not mark:
-        print(f"{PAGE} has no line {MARK.strip()}", file=sys.stderr)
-        return 1
     results = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, LOW_RANK))
-    write_text(PAGE, head + mark + "\n" + measured(*results))
-    return 0
+    return rewrite_measured(PAGE, measured(*results))
 
 
 if __name__ == "__main__":
