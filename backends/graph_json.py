@@ -235,6 +235,8 @@ class _Writer:
             data["source"] = _portable(line)
         if by := info(node).created_by:
             data["by"] = by
+        if instead := info(node).stands_for:
+            data["for"] = instead
         return data
 
 

@@ -254,7 +254,8 @@ class _Reader:
             frame = f'File "{match["file"]}", line {match["line"]}, in {match["function"]}'
             node.meta["stack_trace"] = f"  {frame}\n"
         if "by" in row:
-            set_info(node, created_by=self._text(row["by"]))
+            instead = self._maybe_text(row.get("for"))
+            set_info(node, created_by=self._text(row["by"]), stands_for=instead)
         if not isinstance(target, torch._ops.OpOverload):
             _check_arithmetic(node, row["op"])
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torchlathe.ir.fakes import FakeValues, fake_run, same_value
 from torchlathe.ir.program import TensorEntry, TensorKind
-from torchlathe.ir.provenance import set_info
+from torchlathe.ir.provenance import info, set_info
 
 if TYPE_CHECKING:
     from torchlathe.ir.program import Program
@@ -116,6 +116,8 @@ class Edit:
             user.replace_input_with(old, new)
             self._stale.add(user)
         self.stands_for[new] = self.stands_for.get(old, old)
+        if info(new).created_by is not None:
+            set_info(new, stands_for=info(old).stands_for or old.name)
         self.count += 1
 
     def set_shape(self, node: fx.Node, shapes: Sequence[Sequence[Any]]) -> None:

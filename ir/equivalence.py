@@ -98,6 +98,7 @@ def check_equivalence(
     reference: ReplaceTensor | None = None,
     inputs: Inputs | None = None,
     dtype: torch.dtype = torch.float64,
+    locate: bool = True,
 ) -> Equivalence:
     """Compare the outputs of two programs.
 
@@ -113,6 +114,7 @@ def check_equivalence(
         inputs: ``(args, kwargs)``; by default the example inputs of ``before``, of which two
             samples are enough where the batch is dynamic.
         dtype: The floating dtype to compute in.
+        locate: Where the outputs differ, run both again to name the first node that does.
 
     Raises:
         UnsupportedError: The programs have no values to compute with.
@@ -126,7 +128,9 @@ def check_equivalence(
     flat = before.flatten_inputs(args, kwargs)
     if inputs is None and (few := _first_samples(before, flat)) is not None:
         try:
-            found = check_equivalence(before, after, reference=reference, inputs=few, dtype=dtype)
+            found = check_equivalence(
+                before, after, reference=reference, inputs=few, dtype=dtype, locate=locate
+            )
         except (Error, RuntimeError, TypeError, ValueError, IndexError) as error:
             log.debug("cannot compare on the first samples alone: %s", error)
         else:
@@ -135,12 +139,12 @@ def check_equivalence(
     if wide:
         run = _Run(before, after, reference, flat, dtype)
         try:
-            return run.compare(*run.outputs())
+            return run.compare(*run.outputs(), locate=locate)
         except (RuntimeError, TypeError, ValueError, VerifyError) as error:
             # An op without a kernel for the dtype, or one that fixes the dtype of an input.
             log.debug("cannot compare in %s: %s", dtype, error)
     run = _Run(before, after, reference, flat, None)
-    return run.compare(*run.outputs())
+    return run.compare(*run.outputs(), locate=locate)
 
 
 def _first_samples(program: Program, flat: Sequence[Any]) -> Inputs | None:
@@ -219,7 +223,7 @@ class _Run:
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
             self.seen.add(value.dtype.to_real())
 
-    def compare(self, want: Sequence[Any], got: Sequence[Any]) -> Equivalence:
+    def compare(self, want: Sequence[Any], got: Sequence[Any], *, locate: bool) -> Equivalence:
         tolerance, name = self._tolerance()
         worst_abs = worst_rel = 0.0
         detail: str | None = None
@@ -232,7 +236,7 @@ class _Run:
                 problem = f"differs by {relative:.3g} of its largest value"
             if problem is not None and detail is None:
                 detail = f"output {index} {problem}"
-        if detail is not None and (place := self._first_difference(tolerance)):
+        if detail is not None and locate and (place := self._first_difference(tolerance)):
             detail += f"; the first node that differs is {place}"
         return Equivalence(worst_abs, worst_rel, detail is None, tolerance, name, detail)
 

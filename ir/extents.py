@@ -90,6 +90,11 @@ def example_sizes(
                 sizes.setdefault(found, got)
             else:
                 derived.append((found, got))
+        # A view of a larger tensor may have a stride that is a size of nothing else.
+        for want, got in zip(_strides(node.meta.get("val")), _strides(leaf), strict=False):
+            found = expression(want)
+            if not isinstance(found, int | float | bool) and found.is_symbol:
+                sizes.setdefault(found, int(got))
     for found, got in derived:
         sizes.update(_solve(found.subs(sizes), got))
     return sizes
@@ -124,6 +129,15 @@ def _numbers(value: Any) -> Iterator[Any]:
             yield from _numbers(item)
     elif value is not None:
         yield value
+
+
+def _strides(value: Any) -> Iterator[Any]:
+    """The strides of a tensor or of several."""
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        yield from value.stride()
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strides(item)
 
 
 def _solve(found: sympy.Expr, got: int) -> dict[sympy.Symbol, int]:

@@ -22,10 +22,12 @@ class NodeInfo:
     Attributes:
         tensor: Name of the parameter, buffer or constant that a placeholder stands for.
         created_by: Text form of the pass that made the node; None for captured nodes.
+        stands_for: Name of the captured node whose value a pass made this node give instead.
     """
 
     tensor: str | None = None
     created_by: str | None = None
+    stands_for: str | None = None
 
 
 _NONE = NodeInfo()

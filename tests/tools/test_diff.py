@@ -108,6 +108,24 @@ def test_a_layer_that_became_two_is_compared_where_its_value_comes_out() -> None
     assert start.made_by.startswith("low-rank-split")
 
 
+def test_a_fused_op_is_compared_with_the_last_op_that_went_into_it(tmp_path) -> None:
+    model = Block(64, 128).eval()
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    compiled = tl.compile(model, "quantize,fuse-kernels{choose=rule}", (x,), measure_latency=False)
+    compiled.save(tmp_path / "fused.tl")
+    for second in (compiled, tl.load(tmp_path / "fused.tl")):
+        found = diff(model, second, x)
+        rows = {row.name: row for row in found.compared}
+        # The activation and the sum with the input are in the ops, and stand for those nodes.
+        assert rows["relu"].op == rows["add"].op == "torchlathe.w8a8_linear.default"
+        ((_, output),) = found.outputs
+        assert output == rows["add"]
+        with torch.no_grad():
+            want = float((compiled(x) - model(x)).norm() / model(x).norm())
+        assert output.error == pytest.approx(want, rel=1e-3)  # float32 in one, float64 in the other
+        assert want < 0.02
+
+
 def test_float64_leaves_rounding_out() -> None:
     program = capture(net(), (X,))
     erased = PassManager("structured-erase{sparsity=0.4,include=[1.up.weight:0]}").run(program)

@@ -1,9 +1,10 @@
 """Which node of one program stands for which of another.
 
-Passes keep the names of the nodes that they leave alone, so two programs of one capture are aligned
-by name. For the rest, and for programs that were captured apart, provenance decides: the module
-path, the op, and how often it came before. What a pass replaced by other ops is aligned where a
-module's value comes out: its last node in either program. Source: own.
+Outputs are aligned with outputs. Passes keep the names of the nodes that they leave alone, and
+nodes that they make remember the name of the one whose value they give, so two programs of one
+capture are aligned by name. For the rest, and for programs that were captured apart, provenance
+decides: the module path, the op, and how often it came before. What a pass replaced by other ops is
+aligned where a module's value comes out: its last node in either program. Source: own.
 """
 
 from __future__ import annotations
@@ -28,14 +29,36 @@ def align(first: Program, second: Program) -> dict[fx.Node, fx.Node]:
     """
     pairs: dict[fx.Node, fx.Node] = dict(zip(first.input_nodes, second.input_nodes, strict=False))
     ours, theirs = _calls(first), _calls(second)
+    pairs.update(_outputs(first, second))
+    taken = set(pairs.values())
     named = {node.name: node for node in theirs}
+    # The last one, where a value was split into several that each stand for it.
+    instead = {info(node).stands_for: node for node in theirs}
     for node in ours:
         other = named.get(node.name)
-        if other is not None and other.target is node.target and _same_place(node, other):
+        if other is None or other.target is not node.target or not _same_place(node, other):
+            other = instead.get(node.name)
+        if other is not None and node not in pairs and other not in taken:
             pairs[node] = other
+            taken.add(other)
     _by_provenance(ours, theirs, pairs)
     _by_module(ours, theirs, pairs)
     return pairs
+
+
+def _outputs(first: Program, second: Program) -> dict[fx.Node, fx.Node]:
+    """Pairs of the calls that give the outputs, where both have as many."""
+    ours, theirs = first.output_node.args[0], second.output_node.args[0]
+    assert isinstance(ours, tuple | list)
+    assert isinstance(theirs, tuple | list)
+    if len(ours) != len(theirs):
+        return {}
+    found: dict[fx.Node, fx.Node] = {}
+    for node, other in zip(ours, theirs, strict=True):
+        calls = [isinstance(n, fx.Node) and n.op == "call_function" for n in (node, other)]
+        if all(calls) and node not in found and other not in found.values():
+            found[node] = other
+    return found
 
 
 def _calls(program: Program) -> list[fx.Node]:
@@ -51,10 +74,8 @@ def _by_provenance(
 ) -> None:
     """Pair what is left by module, op and order, where both have as many of it."""
     taken = set(pairs.values())
-    left, right = (
-        _grouped(n for n in ours if n not in pairs),
-        _grouped(n for n in theirs if n not in taken),
-    )
+    left = _grouped(n for n in ours if n not in pairs)
+    right = _grouped(n for n in theirs if n not in taken)
     for key, nodes in left.items():
         others = right.get(key, [])
         if len(nodes) == len(others):
