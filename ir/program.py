@@ -148,7 +148,7 @@ class Program:
         self.history: list[Any] = []
         self.model_name = model_name
         self.version = 0
-        self._analyses: dict[Analysis[Any], tuple[int, Any]] = {}
+        self._analyses: dict[Analysis[Any], tuple[tuple[int, ...], Any]] = {}
         self._editing = False
         self._module: tuple[int, fx.GraphModule] | None = None
 
@@ -220,21 +220,26 @@ class Program:
         """Return an analysis' result, computing it unless it is cached and still valid."""
         key = wanted() if isinstance(wanted, type) else wanted
         cached = self._analyses.get(key)
-        if cached is not None and cached[0] == self.version:
+        if cached is not None and cached[0] == self._state():
             result: R = cached[1]
             return result
         result = key.compute(self)
-        self._analyses[key] = (self.version, result)
+        self._analyses[key] = (self._state(), result)
         return result
+
+    def _state(self) -> tuple[int, ...]:
+        """What cached results are valid for: the version, and what was written into tensors."""
+        return (self.version, *(_writes(entry.tensor) for entry in self.entries.values()))
 
     def cached_analyses(self) -> dict[Analysis[Any], Any]:
         """The results that are valid for the program as it is now."""
-        return {k: r for k, (v, r) in self._analyses.items() if v == self.version}
+        state = self._state()
+        return {key: result for key, (at, result) in self._analyses.items() if at == state}
 
     def adopt_analyses(self, results: Mapping[Analysis[Any], Any]) -> None:
         """Declare results that were computed for an earlier version valid for this one."""
-        for key, result in results.items():
-            self._analyses[key] = (self.version, result)
+        state = self._state()
+        self._analyses |= {key: (state, result) for key, result in results.items()}
 
     def cost(self) -> ProgramCost:
         """Parameters, bytes and FLOPs per node and in total (`torchlathe.ir.cost`)."""
@@ -254,8 +259,7 @@ class Program:
         for node in self.graph.nodes:
             digest.update(f"{node.name}|{node.op}|{node.target}|{node.args}|{node.kwargs}".encode())
         for name, entry in self.entries.items():
-            version = 0 if entry.tensor.is_inference() else entry.tensor._version
-            digest.update(f"{name}|{id(entry.tensor)}|{version}".encode())
+            digest.update(f"{name}|{id(entry.tensor)}|{_writes(entry.tensor)}".encode())
         return digest.hexdigest()
 
     # -- running ---------------------------------------------------------------------------
@@ -379,3 +383,8 @@ class Program:
         nodes = sum(1 for n in self.graph.nodes if n.op == "call_function")
         count = sum(t.numel() for t in self.parameters.values())
         return f"<Program of {self.model_name}: {nodes} ops, {count:,} parameters>"
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place, where torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version

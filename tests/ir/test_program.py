@@ -324,3 +324,25 @@ def test_a_program_without_tensors_or_without_ops():
     assert identity.run(x) is x
     assert identity.cost().flops == 0
     assert "outputs:\n  %input" in identity.to_text()
+
+
+def test_an_analysis_is_computed_again_after_weights_were_written_in_place():
+    computed = []
+
+    @dataclass(frozen=True)
+    class Norms(Analysis[float]):
+        name = "norms"
+
+        def compute(self, program):
+            computed.append(program)
+            return sum(float(p.detach().norm()) for p in program.parameters.values())
+
+    program = capture(nn.Linear(3, 2), (torch.randn(1, 3),))
+    before = program.analysis(Norms)
+    assert program.analysis(Norms) == before
+    assert len(computed) == 1
+    with torch.no_grad():
+        next(iter(program.parameters.values())).mul_(2)
+    assert not program.cached_analyses()
+    assert program.analysis(Norms) > before
+    assert len(computed) == 2
