@@ -110,7 +110,8 @@ def _check_leaf(
             if want != got:
                 raise fail(
                     f"dimension {axis} is static with extent {want}, got {got}",
-                    "mark it dynamic: dynamic_shapes= as torch.export takes it",
+                    f"give {_shape(program, value)}, or capture with this dimension dynamic: "
+                    "dynamic_shapes= as torch.export takes it",
                 )
             continue
         problem = _symbolic_mismatch(program, want.node.expr, got, symbols)

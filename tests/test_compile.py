@@ -275,6 +275,8 @@ class Distances(nn.Module):
             InputError,
             ["4x7", "test_compile.py"],
         ),
+        ("structured-erase", {"calibration": "texts"}, InputError, ["batches, got str"]),
+        ("structured-erase", {"calibration": 3}, InputError, ["batches, got int"]),
         ("structured-erase", {"inputs": (X, X)}, InputError, []),
         ("structured-erase", {"inputs": ()}, InputError, ["x"]),
         ("structured-erase", {"inputs": {"y": X}}, InputError, ["y"]),

@@ -82,11 +82,8 @@ def compile(
         save_program=_save_program,
     )
     get_backend(backend)
-    if not (
-        calibration is None
-        or hasattr(calibration, "__iter__")
-        or hasattr(calibration, "__getitem__")
-    ):
+    batches = hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")
+    if isinstance(calibration, str) or not (calibration is None or batches):
         raise InputError(
             f"calibration must be batches, got {type(calibration).__name__}",
             hint="a list of batches, or a data loader",

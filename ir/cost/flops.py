@@ -11,6 +11,7 @@ from collections.abc import Callable
 from math import prod
 
 from torchlathe.ir.cost.calls import Call, Value
+from torchlathe.ir.cost.fused import FUSED_FLOPS
 from torchlathe.ir.extents import Extent
 
 __all__ = ["FLOPS"]
@@ -162,15 +163,6 @@ _CONVOLUTION_OPS = (
     "convolution",
     "_convolution",
 )
-# Linear layers of stored numbers; bias, activation and residual are not counted, as elsewhere.
-_FUSED_LINEAR = (
-    "w4a16_cpu_linear",
-    "w4a16_linear",
-    "w4a8_linear",
-    "w8a16_cpu_linear",
-    "w8a16_linear",
-    "w8a8_linear",
-)
 
 FLOPS: dict[str, Callable[[Call], Extent]] = {
     "aten::linear": _product_of("input"),
@@ -192,7 +184,7 @@ FLOPS: dict[str, Callable[[Call], Extent]] = {
     "aten::_weight_int8pack_mm": _FIRST,
     "aten::_weight_int4pack_mm": _FIRST,
     "aten::_weight_int4pack_mm_for_cpu": _FIRST,
-    **{f"torchlathe::{name}": _product_of("x") for name in _FUSED_LINEAR},
+    **FUSED_FLOPS,
     "aten::tensordot": _tensordot,
     "aten::einsum": _einsum,
     "aten::bilinear": _bilinear,

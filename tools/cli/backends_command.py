@@ -65,7 +65,7 @@ def _described(backend: Any) -> dict[str, Any]:
     ]
     return {
         "name": backend.name,
-        "summary": text.partition("\n")[0],
+        "summary": text.partition("\n")[0].replace("`", ""),
         "text": text,
         "options": options,
         "training": able.training,
