@@ -75,6 +75,7 @@ alone, on one batch with a probe, with the model and the interpreter in it.
 
 *64 batches* is the ratio for 64 batches with the default of {samples} probes to 64 training steps,
 composed of these seconds and of those before the first batch; the target was at most 3.
+What a limit below the default saves in memory it costs in time.
 """
 
 
