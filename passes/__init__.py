@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torchlathe.passes.rewrite.factorising.low_rank import LowRankSplit
     from torchlathe.passes.rewrite.lowering.fuse_kernels import FuseKernels
     from torchlathe.passes.rewrite.quantising.quantize import Quantize
+    from torchlathe.passes.rewrite.quantising.quantize_cache import QuantizeCache
     from torchlathe.passes.rewrite.reordering.reorder_linear import ReorderLinear
     from torchlathe.passes.rewrite.sharing.fit_layer_basis import FitLayerBasis
     from torchlathe.passes.rewrite.sharing.share_parameters import ShareParameters
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from torchlathe.passes.rewrite.tensor_networks.kronecker_split import KroneckerSplit
     from torchlathe.passes.rewrite.tensor_networks.quantize_cores import QuantizeCores
     from torchlathe.passes.rewrite.tensor_networks.tensor_train_split import TensorTrainSplit
+    from torchlathe.passes.tune.adapting.lora import InsertLora, MergeLora
     from torchlathe.passes.tune.distill import Distill
     from torchlathe.passes.tune.heal import Heal
     from torchlathe.passes.tune.sparse_train import SparseTrain
@@ -78,10 +80,12 @@ __all__ = [
     "Heal",
     "HessianSensitivity",
     "InsertAdapters",
+    "InsertLora",
     "Instrument",
     "KroneckerSplit",
     "LowRankSplit",
     "MergeExperts",
+    "MergeLora",
     "Option",
     "Pass",
     "PassContext",
@@ -93,6 +97,7 @@ __all__ = [
     "PrintIR",
     "PruneExperts",
     "Quantize",
+    "QuantizeCache",
     "QuantizeCores",
     "ReorderLinear",
     "RewritePass",

@@ -11,17 +11,23 @@ from torch import nn
 
 from torchlathe.ir import OptionError, PreconditionError, Program
 from torchlathe.passes.base import Diagnostic, PassContext, PassResult
-from torchlathe.passes.tune.distilling.heads import with_heads
+from torchlathe.passes.statistics.running import flat_batches
+from torchlathe.passes.tune.distilling.attending import AttentionSite, paired_sites
+from torchlathe.passes.tune.distilling.heads import ends_of_blocks, with_heads
+from torchlathe.passes.tune.distilling.layered import ROTATIONS, turned
 from torchlathe.passes.tune.distilling.objective import (
     DistillingObjective,
     LogitLoss,
     ValueLoss,
 )
+from torchlathe.passes.tune.distilling.regularising import BiasLoss
 from torchlathe.passes.tune.distilling.teachers import TeacherMixture, Teachers, as_teachers
 from torchlathe.passes.tune.distilling.temperatures import Temperature, TemperatureSchedule
+from torchlathe.passes.tune.distilling.values import Anchors
 from torchlathe.passes.tune.healing.alignment import aligned_blocks, logits_among
 from torchlathe.passes.tune.healing.objective import Outputs, output_names
 from torchlathe.passes.tune.training import (
+    Forward,
     Hook,
     KeepMasks,
     Trainer,
@@ -36,6 +42,18 @@ from torchlathe.passes.tune.training.module import choose_trainable
 __all__ = ["Distill"]
 
 Teacher = Program | nn.Module
+
+_NOT_NEGATIVE = (
+    "hidden",
+    "entropy",
+    "heads",
+    "head_weight",
+    "condition",
+    "attention_maps",
+    "anchors",
+    "anchor_weight",
+    "bias",
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +104,21 @@ class Distill(TrainerPass):
     )
     heads: int = field(default=0, metadata={"help": "auxiliary classifiers after blocks"})
     head_weight: float = field(default=0.5, metadata={"help": "weight of their losses"})
+    rotations: bool = field(
+        default=False, metadata={"help": "heads learn pairs of a class and a rotation of the image"}
+    )
     condition: float = field(
         default=0.0, metadata={"help": "weight of the condition numbers of weights"}
+    )
+    attention_maps: float = field(
+        default=0.0, metadata={"help": "weight of what queries attend to, layer by layer"}
+    )
+    anchors: int = field(
+        default=0, metadata={"help": "centres of the teacher's embeddings to be near to as it is"}
+    )
+    anchor_weight: float = field(default=1.0, metadata={"help": "weight of the term of anchors"})
+    bias: float = field(
+        default=0.0, metadata={"help": "how much more samples of varied features count"}
     )
 
     def __post_init__(self) -> None:
@@ -99,11 +130,13 @@ class Distill(TrainerPass):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"alpha is {self.alpha}, but must be in [0, 1]")
-        for name in ("hidden", "entropy", "heads", "head_weight", "condition"):
+        for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} is {getattr(self, name)}, but must not be negative")
         if not self.delta >= 1:
             raise OptionError(f"delta is {self.delta}, but must be at least 1")
+        if self.rotations and not self.heads:
+            raise OptionError("rotations are for auxiliary heads to tell", hint="heads=2")
         self.degrees()
         teachers = as_teachers(self.teacher)
         if self.attention and len(teachers) < 2:
@@ -175,18 +208,19 @@ class Distill(TrainerPass):
         logits = logits_among(program, names)
         if self.outputs != "auto":
             logits = [self.outputs == "logits"] * len(names)
-        first = teachers[0]
-        pairs: list[tuple[str, str]] = []
-        if self.hidden and isinstance(first, Program):
-            pairs = list(aligned_blocks(first, program).values())
+        pairs, maps = self._inside(program, teachers[0])
         student, heads = program, 0
+        if self.rotations:
+            _check_batch(program)
         if self.heads:
-            headed = with_heads(program, _classes(program, logits), self.heads, seed=ctx.seed)
+            classes = _classes(program, logits) * (ROTATIONS if self.rotations else 1)
+            headed = with_heads(program, classes, self.heads, seed=ctx.seed, deepest=self.rotations)
             student, heads = headed.program, headed.heads
+        taps = [name for _, site in maps for name in site.taps]
         objective = DistillingObjective(
             program,
             ctx,
-            Teachers(program, teachers, [theirs for _, theirs in pairs]),
+            Teachers(program, teachers, [*(theirs for _, theirs in pairs), *taps]),
             logits,
             1.0 if ctx.loss is None else self.alpha,
             self.degrees(),
@@ -199,6 +233,13 @@ class Distill(TrainerPass):
             condition=self.condition,
             heads=heads,
             head_weight=self.head_weight,
+            rotations=self.rotations,
+            maps=maps,
+            map_weight=self.attention_maps,
+            anchors=self._anchors(program, teachers[0], logits, ctx),
+            anchor_weight=self.anchor_weight,
+            features=self._features(program) if self.bias else None,
+            bias=BiasLoss(beta=self.bias),
         )
         trainer = self._trainer(student, program, ctx, objective)
         if self.condition:
@@ -208,6 +249,68 @@ class Distill(TrainerPass):
         result = trainer.run()
         kept = {name: value for name, value in result.tensors.items() if name in program.entries}
         return replace(result, tensors=kept)
+
+    def _inside(
+        self, program: Program, teacher: Teacher
+    ) -> tuple[list[tuple[str, str]], list[tuple[AttentionSite, AttentionSite]]]:
+        """Nodes of the student and the teacher whose values are to agree: blocks, and attention.
+
+        Raises:
+            PreconditionError: Attention is to be matched, and the teacher is a module.
+        """
+        if not isinstance(teacher, Program):
+            if self.attention_maps:
+                raise PreconditionError(
+                    "attention_maps looks inside of the teacher, which has to be a Program for it",
+                    hint="teacher=torchlathe.capture(model, ...)",
+                )
+            return [], []
+        pairs = list(aligned_blocks(teacher, program).values()) if self.hidden else []
+        return pairs, paired_sites(program, teacher) if self.attention_maps else []
+
+    def _anchors(
+        self, program: Program, teacher: Teacher, logits: Sequence[bool], ctx: PassContext
+    ) -> Anchors | None:
+        """Centres of the teacher's embeddings of all batches.
+
+        Raises:
+            PreconditionError: No output is embeddings, (batch, features).
+        """
+        if not self.anchors:
+            return None
+        nodes: Any = program.output_node.args[0]
+        places = [
+            i
+            for i, (node, is_logits) in enumerate(zip(nodes, logits, strict=True))
+            if not is_logits and node.meta["val"].dim() == 2
+        ]
+        if not places:
+            raise PreconditionError(
+                "anchors are of embeddings (batch, features), and no output is such",
+                hint="outputs=values if one is after all",
+            )
+        asked = Teachers(program, [teacher])
+        found = [
+            asked(Forward(batch, flat, None, nodes, {}, 0, False))[0][0][places[0]].float()
+            for batch, flat in flat_batches(program, ctx)
+        ]
+        return Anchors(Anchors.of(torch.cat(found), self.anchors, seed=ctx.seed))
+
+    @staticmethod
+    def _features(program: Program) -> str:
+        """The end of the last block, which the classifier reads.
+
+        Raises:
+            PreconditionError: There are no blocks.
+        """
+        ends = ends_of_blocks(program, 0, deepest=True)
+        if not ends:
+            raise PreconditionError(
+                "bias weighs samples by the features at the end of the last block, and there is "
+                "none",
+                hint="blocks are modules with numbers in their paths, as layers.3; bias=0",
+            )
+        return ends[-1].name
 
     def _mixture(
         self, teachers: int, program: Program, logits: Sequence[bool], seed: int
@@ -245,10 +348,40 @@ class Distill(TrainerPass):
             metrics=objective.metrics,
             optimizer=optimizer,
             hooks=hooks,
-            taps=[mine for mine, _ in objective.pairs],
+            taps=_taps(objective),
+            expand=turned if self.rotations else None,
             key=f"{plain.spec()} {self.attention} {objective.teachers.key()}",
         )
         return trainer
+
+
+def _check_batch(program: Program) -> None:
+    """Refuse a number of samples that is part of the program.
+
+    Raises:
+        PreconditionError: It is.
+    """
+    if any(
+        isinstance(node.meta["val"].shape[0], int) for node in program.input_nodes if _axes(node)
+    ):
+        raise PreconditionError(
+            "rotations make batches four times as large, and the program takes only batches of "
+            "one size",
+            hint='capture it with dynamic_shapes="auto"',
+        )
+
+
+def _axes(node: Any) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def _taps(objective: DistillingObjective) -> list[str]:
+    """Names of the nodes of the student that the objective looks at."""
+    names = [mine for mine, _ in objective.pairs]
+    names += [name for site, _ in objective.maps for name in site.taps]
+    names += [objective.features] if objective.features is not None else []
+    return list(dict.fromkeys(names))
 
 
 def _classes(program: Program, logits: Sequence[bool]) -> int:
@@ -273,4 +406,6 @@ def _statistics(result: TrainingResult, chain: int) -> dict[str, int | float | s
     for name, value in result.evaluations[0].items():
         if name != "step":
             found[f"{name}_before"], found[f"{name}_after"] = value, best[name]
+    if result.stopped:
+        found["stopped"] = result.stopped
     return found

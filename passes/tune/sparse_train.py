@@ -9,24 +9,26 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from torchlathe.ir import InputError, OptionError, PreconditionError, Program
-from torchlathe.passes.analysis.families import Families, ZeroInvariantGroups
+from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.analysis.segments import Segments
 from torchlathe.passes.base import Diagnostic, PassContext, PassResult, TunePass
 from torchlathe.passes.options import did_you_mean
 from torchlathe.passes.rewrite.erasing.choosing import Choice
 from torchlathe.passes.statistics.losses import check_loss
+from torchlathe.passes.tune.adapting.lora import is_rank
 from torchlathe.passes.tune.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG
 from torchlathe.passes.tune.optim.saliency import saliency_of
 from torchlathe.passes.tune.optim.sparse_optimizer import SparseOptimizer, WrappedOptimizer
 from torchlathe.passes.tune.training import (
     Forward,
     Hook,
+    KeepMasks,
     Trainer,
     TrainingOptions,
     TrainingResult,
     store,
 )
-from torchlathe.passes.tune.training.module import choose_trainable
+from torchlathe.passes.tune.training.module import choose_trainable, masks_of_zeros
 from torchlathe.passes.tune.training.options import Schedule, optimizer_class
 
 __all__ = ["SparseTrain"]
@@ -94,6 +96,10 @@ class SparseTrain(TunePass):
     dropout: bool = _option(True, "draw dropout where the graph has it")
     trainable: tuple[str, ...] = _option((), "patterns of parameters to train; all by default")
     frozen: tuple[str, ...] = _option((), "patterns of parameters to leave alone")
+    keep_zeros: bool = _option(True, "zeros of weights that are partly zero stay")
+    decay_frozen: bool = _option(
+        False, "frozen weights of a group of which some is trained go to zero with it"
+    )
     held_out: float = _option(0.1, "share of the batches to evaluate on")
     evaluate_every: int = _option(0, "steps between evaluations; 0 for ten in all")
     patience: int = _option(
@@ -235,14 +241,20 @@ class _Training:
 
     def run(self) -> PassResult:
         options, program = self.options, self.program
+        self.left = self._untouched()
         plain = replace(options, checkpoint=None, save_every=1)
+        hooks: list[Hook] = [self.follow]
+        if options.keep_zeros:
+            names = choose_trainable(program, options.trainable, options.frozen)
+            hooks.append(KeepMasks(masks_of_zeros(program, names)))
         self.trainer = Trainer(
             program,
             self.ctx,
             options._training(),
             objective=self._objective,
             optimizer=self._optimizer,
-            hooks=[self.follow],
+            hooks=hooks,
+            written=self._frozen(self.left),
             key=plain.spec(),
         )
         self.start, self.pruning = options._schedule(self.trainer.total)
@@ -275,7 +287,7 @@ class _Training:
             more["exclude"] = options.exclude
         else:
             groups = self.ctx.analysis(ZeroInvariantGroups)
-            more |= {"include": options.include, "exclude": self._untouched(groups)}
+            more |= {"include": options.include, "exclude": (*options.exclude, *self.left)}
         if options.method == "hesso":
             more["periods"] = min(options.periods, self.pruning)
         found = _CLASSES[options.method](
@@ -295,21 +307,43 @@ class _Training:
         self.diagnostics += getattr(found, "diagnostics", [])
         return found
 
-    def _untouched(self, groups: Families) -> tuple[str, ...]:
-        """What is excluded: what the user says, and families of which some is not trained."""
+    def _untouched(self) -> tuple[str, ...]:
+        """Families that are left whole since some of them is not trained.
+
+        Raises:
+            PreconditionError: All of them are.
+        """
         options = self.options
+        if options.method == "h2spg":
+            return ()
+        groups = self.ctx.analysis(ZeroInvariantGroups)
         Choice(options.include, options.exclude).check(groups, options.name)
         trained = set(choose_trainable(self.program, options.trainable, options.frozen))
         left = []
         for family in groups.prunable:
-            still = [s.name for s in family.zeroed or family.writers if s.name not in trained]
-            if still:
+            names = [part.name for part in family.zeroed or family.writers]
+            still = [name for name in names if name not in trained]
+            if all(map(is_rank, names)):
+                left.append(family.name)
+                continue
+            if still and not (options.decay_frozen and len(still) < len(names)):
                 left.append(family.name)
                 told = f"left whole, since {still[0]} is not trained"
                 self.diagnostics.append(Diagnostic("note", told, name=family.name))
         if len(left) == len(groups.prunable):
             raise PreconditionError("no family is left whose units could become zero")
-        return (*options.exclude, *left)
+        return tuple(left)
+
+    def _frozen(self, left: tuple[str, ...]) -> list[str]:
+        """Tensors that are not trained, and that groups take to zero."""
+        options = self.options
+        if not options.decay_frozen or options.method == "h2spg":
+            return []
+        choice = Choice(options.include, (*options.exclude, *left))
+        chosen, _ = choice.of(self.ctx.analysis(ZeroInvariantGroups))
+        trained = set(choose_trainable(self.program, options.trainable, options.frozen))
+        names = (part.name for family in chosen for part in family.zeroed or family.writers)
+        return [name for name in dict.fromkeys(names) if name not in trained]
 
     def _statistics(
         self, result: TrainingResult, optimizer: torch.optim.Optimizer

@@ -164,6 +164,33 @@ def test_the_mixture_is_a_mean_to_begin_with_and_learns() -> None:
     assert torch.equal(other(logits)[0], final)
 
 
+def test_the_mixture_survives_being_certain() -> None:
+    mixture = TeacherMixture(2, 3, entropy=1.0)
+    last = mixture.network[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([200.0, 0.0]))  # the second weight is 0 in float32
+    mixed, term = mixture([torch.randn(4, 3) for _ in range(2)])
+    (mixed.square().mean() + term).backward()
+    for parameter in mixture.parameters():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+
+
+def test_divergence_is_told() -> None:
+    teacher, batches = task()
+
+    def broken(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return (outputs * float("inf")).sum()
+
+    after = PassManager([Distill(teacher=teacher, steps=3)]).run(
+        student(), calibration=batches, loss=broken
+    )
+    record = after.history[0]
+    assert record.statistics["stopped"] == "diverged"
+    assert any("where training stopped" in told["message"] for told in record.diagnostics)
+
+
 def test_a_chain_of_students() -> None:
     _, batches = task()
     program = taught()

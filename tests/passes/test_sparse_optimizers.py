@@ -393,3 +393,23 @@ def test_the_state_of_another_run_is_refused() -> None:
 def test_optim_is_public() -> None:
     assert tl.optim.HESSO is HESSO
     assert {"HESSO", "HESSOCRIC", "DHSPG", "HSPG", "H2SPG"} <= set(tl.optim.__all__)
+
+
+def test_one_copy_of_the_prunable_tensors_while_groups_go_and_none_after() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    x = torch.randn(8, 6)
+    optimizer = made(model, x, HESSO, lr=1e-2, start_step=2, pruning_steps=6, periods=3)
+    prunable = {place.name: place.tensor.numel() for place in optimizer.table.places}
+
+    def held() -> int:
+        return sum(tensor.numel() for tensor in optimizer.table._memory.values())
+
+    most = []
+    for _ in range(10):
+        model(x).square().mean().backward()
+        optimizer.step()
+        most.append(held())
+    assert most[:2] == [0, 0]
+    assert max(most) == sum(prunable.values())
+    assert most[7:] == [0, 0, 0]

@@ -24,7 +24,7 @@ from torchlathe.tools.bench.sparse_training.contestants import METHODS, one_run
 from torchlathe.tools.bench.sparse_training.overhead import overhead
 from torchlathe.tools.bench.sparse_training.peer import PEER, torch_pruning
 from torchlathe.tools.bench.sparse_training.planted import planted
-from torchlathe.tools.bench.sparse_training.resnet import resnet18
+from torchlathe.tools.bench.sparse_training.resnet import evenly, resnet18
 from torchlathe.tools.bench.sparse_training.tasks import TASKS
 
 __all__ = ["RESULTS", "SPARSITIES", "main"]
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["rows"] = {
             k: v for k, v in result["rows"].items() if k.split("|")[0] not in options.parts
         }
+    result["rows"] = {k: v for k, v in result["rows"].items() if _is_current(k, v, options.parts)}
     result |= machine()
     for key, run in _wanted(options.parts, options.seeds):
         if key in result["rows"]:
@@ -80,12 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _is_current(key: str, row: dict[str, Any], parts: Sequence[str]) -> bool:
+    """Whether a row, where its part is asked for, is of as many steps as its task has now."""
+    task = key.split("|")[0]
+    return task not in TASKS or task not in parts or row.get("steps") == TASKS[task](0).steps
+
+
 def _wanted(parts: Sequence[str], seeds: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Keys of the rows, and what measures them; one sparsity, then one seed after the other."""
     if "small" in parts:
         yield "small|overhead", overhead
         for floor in (None, 1):
             yield f"small|resnet18|{floor}", partial(resnet18, floor)
+        yield "small|resnet18|evenly", evenly
         for seed in range(seeds):
             yield f"small|planted|{seed}", partial(planted, seed)
     tasks = [name for name in TASKS if name in parts]

@@ -1,8 +1,8 @@
 """Auxiliary classifiers at the ends of blocks, for the time of a training.
 
-Source: the structure is that of LSSKD and of its parent HSAKD (arXiv 2109.03075): a classifier
-after each stage learns the labels and from the deepest one. Here each is the mean over positions
-and a linear layer (own).
+Source: the structure is that of LSSKD (arXiv 2506.07055) and of its parent HSAKD (arXiv
+2107.13715): a classifier after each stage learns the labels and from the deepest one. Here each is
+the mean over positions and a linear layer (own).
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class HeadedProgram:
     names: frozenset[str]
 
 
-def ends_of_blocks(program: Program, most: int) -> list[fx.Node]:
+def ends_of_blocks(program: Program, most: int, *, deepest: bool = False) -> list[fx.Node]:
     """The last node of blocks that gives one value per sample and channel, evenly spread.
 
-    The last block is left out: the classifier of the model itself comes after it.
+    The last block is left out, for the classifier of the model itself comes after it, unless
+    ``deepest`` asks for it besides the others.
     """
     last: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
@@ -47,21 +48,24 @@ def ends_of_blocks(program: Program, most: int) -> list[fx.Node]:
         value = node.meta.get("val")
         if name is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
-        if value.dim() in (3, 4) and _channels(value) is not None:
+        if value.dim() in (2, 3, 4) and _channels(value) is not None:
             last[name] = node
-    found = list(last.values())[:-1]
-    if len(found) <= most:
-        return found
-    return [found[round((i + 1) * len(found) / (most + 1))] for i in range(most)]
+    nodes = list(last.values())
+    found = nodes[:-1]
+    if len(found) > most:
+        found = [found[round((i + 1) * len(found) / (most + 1))] for i in range(most)]
+    return [*found, *nodes[-1:]] if deepest else found
 
 
 def _channels(value: torch.Tensor) -> int | None:
-    """Extent of the channels: the second axis of maps, the last of sequences."""
-    extent = value.shape[1] if value.dim() == 4 else value.shape[2]
+    """Extent of the channels: the second axis of maps, the last of sequences and of rows."""
+    extent = value.shape[1] if value.dim() == 4 else value.shape[-1]
     return extent if isinstance(extent, int) else None
 
 
-def with_heads(program: Program, classes: int, most: int, *, seed: int = 0) -> HeadedProgram:
+def with_heads(
+    program: Program, classes: int, most: int, *, seed: int = 0, deepest: bool = False
+) -> HeadedProgram:
     """Add classifiers at the ends of blocks.
 
     Args:
@@ -69,12 +73,13 @@ def with_heads(program: Program, classes: int, most: int, *, seed: int = 0) -> H
         classes: Of each.
         most: At most so many heads.
         seed: Of their weights.
+        deepest: One more after the last block.
 
     Raises:
         InputError: The program has no blocks.
     """
     copy = program.copy()
-    ends = ends_of_blocks(copy, most)
+    ends = ends_of_blocks(copy, most, deepest=deepest)
     if not ends:
         raise InputError(
             "the program has no blocks that auxiliary heads could be put after",
@@ -94,8 +99,10 @@ def with_heads(program: Program, classes: int, most: int, *, seed: int = 0) -> H
                 drawn.to(value.device, value.dtype),
                 TensorKind.PARAMETER,
             )
-            axes = [2, 3] if value.dim() == 4 else [1]
-            mean = edit.call(aten.mean.dim, (node, axes), like=node)
+            mean = node
+            if value.dim() > 2:
+                axes = [2, 3] if value.dim() == 4 else [1]
+                mean = edit.call(aten.mean.dim, (node, axes), like=node)
             results.append(edit.call(aten.linear.default, (mean, weight), like=mean))
         output = copy.output_node
         outputs = list(output.args[0])  # type: ignore[arg-type]

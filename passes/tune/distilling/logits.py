@@ -59,11 +59,15 @@ class KnowledgeDistillation:
         Returns:
             A scalar.
         """
+        return self.rows(student, teacher.detach()).mean()
+
+    def rows(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The loss of each row, (...); a teacher that is not detached gets gradients too."""
         p, q = (
             F.log_softmax(z.float() if z.dtype.itemsize < 4 else z, -1)
-            for z in (teacher.detach() / self.temperature, student / self.temperature)
+            for z in (teacher / self.temperature, student / self.temperature)
         )
-        return self.temperature**2 * divergence(p, q).mean()
+        return self.temperature**2 * divergence(p, q)
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,15 @@ class BalancedDistillation:
         Returns:
             A scalar.
         """
-        t = F.log_softmax(teacher.detach() / self.temperature, -1)
+        return self.rows(student, teacher.detach()).mean()
+
+    def rows(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The loss of each row, (...); a teacher that is not detached gets gradients too."""
+        t = F.log_softmax(teacher / self.temperature, -1)
         s = F.log_softmax(student / self.temperature, -1)
         forward, backward = self.weights(s, t)
         both = forward * divergence(t, s) + backward * divergence(s, t)
-        return self.temperature**2 * both.mean()
+        return self.temperature**2 * both
 
     def weights(self, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the forward and the backward divergence of each row, from log-probabilities."""

@@ -7,17 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from torchlathe.ir import InputError, Program
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.statistics.losses import loss_of
+from torchlathe.passes.tune.distilling.attending import AttentionSite
 from torchlathe.passes.tune.distilling.images import SpectrumMatching, StructuralSimilarity
+from torchlathe.passes.tune.distilling.layered import ROTATIONS, JointLabels
 from torchlathe.passes.tune.distilling.logits import BalancedDistillation, KnowledgeDistillation
-from torchlathe.passes.tune.distilling.regularising import condition_gap
+from torchlathe.passes.tune.distilling.regularising import BiasLoss, condition_gap
 from torchlathe.passes.tune.distilling.teachers import TeacherMixture, Teachers
 from torchlathe.passes.tune.distilling.temperatures import Temperature
-from torchlathe.passes.tune.distilling.values import ValueMatching, relative_error
+from torchlathe.passes.tune.distilling.values import (
+    Anchors,
+    AttentionMatching,
+    ValueMatching,
+    relative_error,
+)
 from torchlathe.passes.tune.healing.reference import fidelity, floating
 from torchlathe.passes.tune.training import Forward, Hook
 
@@ -48,6 +54,13 @@ class DistillingObjective:
         weights: Gives these, by name.
         heads: How many of the last outputs are auxiliary heads.
         head_weight: Weight of all of them together.
+        rotations: In training, the module is given each image in four rotations, and heads tell
+            pairs of class and rotation; the deepest is last.
+        maps: Attentions here and in the first teacher whose maps are to agree.
+        map_weight: Weight of them.
+        anchors: Centres of the teacher's embeddings; None for no such term.
+        anchor_weight: Weight of that term.
+        features: Node whose variance weighs samples; None for samples that count alike.
     """
 
     program: Program
@@ -66,6 +79,13 @@ class DistillingObjective:
     weights: Callable[[], Mapping[str, torch.Tensor]] = dict
     heads: int = 0
     head_weight: float = 0.0
+    rotations: bool = False
+    maps: Sequence[tuple[AttentionSite, AttentionSite]] = ()
+    map_weight: float = 0.0
+    anchors: Anchors | None = None
+    anchor_weight: float = 1.0
+    features: str | None = None
+    bias: BiasLoss = field(default_factory=BiasLoss)
     _last: tuple[Forward, list[Sequence[Any]], Mapping[str, torch.Tensor]] | None = field(
         default=None, repr=False
     )
@@ -73,7 +93,8 @@ class DistillingObjective:
     @property
     def hooks(self) -> list[Hook]:
         """What has a state of its own."""
-        return [self.temperature, *([] if self.mixture is None else [self.mixture])]
+        others = [self.mixture, self.bias if self.features is not None else None]
+        return [self.temperature, *(hook for hook in others if hook is not None)]
 
     def _told(self, forward: Forward) -> tuple[list[Sequence[Any]], Mapping[str, torch.Tensor]]:
         if self._last is None or self._last[0] is not forward:
@@ -81,15 +102,18 @@ class DistillingObjective:
         return self._last[1], self._last[2]
 
     def _own(self, forward: Forward) -> Forward:
-        """The forward without auxiliary heads."""
+        """The forward without auxiliary heads, and without images that are turned."""
         if not self.heads:
             return forward
         outputs, _ = forward.outputs
-        flat = forward.flat_outputs[: -self.heads]
+        flat, taps = forward.flat_outputs[: -self.heads], forward.taps
+        if self.rotations and forward.training:
+            count = next(len(x) for x in forward.flat if isinstance(x, torch.Tensor) and x.dim())
+            flat = [_unturned(x, count) for x in flat]
+            taps = {name: _unturned(value, count) for name, value in taps.items()}
+            outputs = self.program.unflatten_outputs(flat)
         given = forward
-        return Forward(
-            given.batch, given.flat, outputs, flat, given.taps, given.step, given.training
-        )
+        return Forward(given.batch, given.flat, outputs, flat, taps, given.step, given.training)
 
     def __call__(self, forward: Forward) -> torch.Tensor:
         """The loss of one batch."""
@@ -103,6 +127,10 @@ class DistillingObjective:
         for mine, theirs in self.pairs:
             found = relative_error(own.taps[mine].float(), taps[theirs].float())
             loss = loss + self.hidden / len(self.pairs) * found
+        for ours, others in self.maps:
+            matched = AttentionMatching(divergence=True)
+            found = matched(ours.probabilities(own.taps), others.probabilities(taps))
+            loss = loss + self.map_weight / len(self.maps) * found
         if self.condition and forward.training:
             gaps = [condition_gap(w.float()) for w in self.weights().values()]
             loss = loss + self.condition * torch.stack(gaps).mean()
@@ -125,7 +153,7 @@ class DistillingObjective:
         for place in places:
             mine = own.flat_outputs[place].float()
             theirs = [outputs[place].float() for outputs in told]
-            found = self._matched(mine, theirs, self.logits[place], degree, own.training)
+            found = self._matched(mine, theirs, self.logits[place], degree, own)
             total = found if total is None else total + found
         assert total is not None
         return total
@@ -136,25 +164,28 @@ class DistillingObjective:
         theirs: Sequence[torch.Tensor],
         logits: bool,
         degree: float,
-        training: bool,
+        own: Forward,
     ) -> torch.Tensor:
-        extra = mine.new_zeros(())
         mean = torch.stack(list(theirs)).mean(0)
         if not logits:
-            return self._value_loss()(mine, mean)
-        if self.mixture is not None and training:
-            mean, extra = self.mixture(theirs)
+            loss = self._value_loss()(mine, mean)
+            if self.anchors is not None and mine.dim() == 2:
+                loss = loss + self.anchor_weight * self.anchors(mine, mean)
+            return loss
+        extra = mine.new_zeros(())
+        if self.mixture is not None and own.training:
             # Whom to listen to is learnt from the student's loss, so gradients go through.
-            return self._logit_loss(degree, mine, mean) + extra
-        return self._logit_loss(degree, mine, mean)
+            mean, extra = self.mixture(theirs)
+        rows = self._logit_loss(degree).rows(mine, mean)
+        if self.features is not None and own.training:
+            weights = self.bias.weights(own.taps[self.features])
+            rows = rows * (weights / weights.mean()).reshape(-1, *[1] * (rows.dim() - 1))
+        return rows.mean() + extra
 
-    def _logit_loss(self, degree: float, mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    def _logit_loss(self, degree: float) -> BalancedDistillation | KnowledgeDistillation:
         if self.logit_loss == "balanced":
-            return BalancedDistillation(degree, self.delta)(mine, theirs)
-        if not theirs.requires_grad:
-            return KnowledgeDistillation(degree)(mine, theirs)
-        p, q = (F.log_softmax(z / degree, -1) for z in (theirs, mine))
-        return degree**2 * F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+            return BalancedDistillation(degree, self.delta)
+        return KnowledgeDistillation(degree)
 
     def _value_loss(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         if self.value_loss == "spectrum":
@@ -162,17 +193,25 @@ class DistillingObjective:
         return StructuralSimilarity() if self.value_loss == "ms-ssim" else ValueMatching()
 
     def _headed(self, forward: Forward, degree: float) -> torch.Tensor:
-        """Each head learns from the classifier of the model itself, which is the deepest."""
+        """Each head learns labels, and from the deepest: the model's own, or of pairs the last."""
         own = self._own(forward)
-        deepest = own.flat_outputs[list(self.logits).index(True)].detach()
         heads = forward.flat_outputs[-self.heads :]
         matched = KnowledgeDistillation(degree)
+        if self.rotations:
+            task = None if self.ctx.loss is None else self._task_of(own)
+            return JointLabels(task, matched)(heads)
+        deepest = own.flat_outputs[list(self.logits).index(True)].detach()
         found = torch.stack([matched(head.float(), deepest.float()) for head in heads]).mean()
         if self.ctx.loss is None:
             return found
-        shaped = [_replaced(self.program, own, self.logits, head) for head in heads]
-        losses = [loss_of_either(self.ctx, one) for one in shaped]
-        return found + torch.stack(losses).mean()
+        task = self._task_of(own)
+        return found + torch.stack([task(head) for head in heads]).mean()
+
+    def _task_of(self, own: Forward) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The user's loss of other logits in the place of the model's own."""
+        return lambda logits: loss_of_either(
+            self.ctx, _replaced(self.program, own, self.logits, logits)
+        )
 
     def metrics(self, forward: Forward) -> Mapping[str, float]:
         """Fidelity to the first teacher, and the user's loss if there is one."""
@@ -182,6 +221,12 @@ class DistillingObjective:
         if self.ctx.loss is not None:
             found["task"] = float(loss_of_either(self.ctx, own))
         return found
+
+
+def _unturned(value: Any, count: int) -> Any:
+    """The rows of the images as they came, of a value that has rows of all rotations."""
+    rows = isinstance(value, torch.Tensor) and value.dim() and len(value) == ROTATIONS * count
+    return value[:count] if rows else value
 
 
 def loss_of_either(ctx: PassContext, forward: Forward) -> torch.Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from torchlathe.ir import OptionError
+from torchlathe.passes.tune.training.hooks import Hook
 
 __all__ = ["BiasLoss", "condition_gap"]
 
 
-class BiasLoss:
+class BiasLoss(Hook):
     """Cross entropy in which samples count by how much their features vary.
 
     With ``v_i`` the variance of all elements of the last feature map of sample i, scaled to
@@ -60,6 +63,14 @@ class BiasLoss:
         width = float(spread.max()) - self.least
         scaled = (spread - self.least) / width if width > 0 else torch.zeros_like(spread)
         return torch.exp(self.beta * scaled) - 1 + self.alpha
+
+    def state(self) -> dict[str, Any]:
+        """The least variance so far."""
+        return {"least": self.least}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.least = float(state["least"])
 
 
 def condition_gap(weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

@@ -150,9 +150,11 @@ class TeacherMixture(Hook):
             (..., classes), and a scalar.
         """
         self.network.to(logits[0].device)
-        weights = F.softmax(self.network(torch.cat(list(logits), -1).float()), -1)
+        logarithms = F.log_softmax(self.network(torch.cat(list(logits), -1).float()), -1)
+        weights = logarithms.exp()
         mixed = (weights[..., None, :] * torch.stack(list(logits), -1)).sum(-1)
-        entropy = torch.special.entr(weights).sum(-1).mean()
+        # By logarithms, for the slope of -w log w is infinite where w is too small to be above 0.
+        entropy = -(weights * logarithms).sum(-1).mean()
         return mixed, -self.entropy * entropy
 
     def parameters(self) -> list[nn.Parameter]:

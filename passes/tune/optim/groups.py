@@ -18,9 +18,14 @@ from torchlathe.ir import InputError, TensorKind, info
 from torchlathe.ir.axes import Term
 from torchlathe.passes.analysis.families import Families, Family
 from torchlathe.passes.rewrite.erasing.units import unit_indices
+from torchlathe.passes.tune.optim.reducing import Scratch, sums_along
 from torchlathe.passes.tune.optim.shards import Shard, all_reduced, local, shard_of
 
 __all__ = ["GroupTable", "Place", "Sums", "named_tensors"]
+
+# A share of an axis, and a number of elements: up to the one and from the other on, single rows
+# are gathered and written back sooner than the whole tensor is.
+_FEW, _LARGE = 0.2, 2**14
 
 
 @dataclass
@@ -73,6 +78,8 @@ class _Factors:
     owners: torch.Tensor
     flat: torch.Tensor
     views: dict[int, torch.Tensor] = field(default_factory=dict)
+    # Indices of the axis whose factors may differ from 1, where they are few; None for many.
+    rows: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
 
 class GroupTable:
@@ -108,7 +115,8 @@ class GroupTable:
         self.sizes = torch.zeros(self.count, dtype=torch.float64)
         self.places = self._places(families, tensors)
         self._factors = self._layout()
-        self._live = list(range(len(self.places)))
+        self._live: list[int] = []
+        self._memory: dict[str, torch.Tensor] = {}
 
     def _places(self, families: Families, tensors: Mapping[str, torch.Tensor]) -> list[Place]:
         terms = _terms(families, self.chosen)
@@ -159,9 +167,19 @@ class GroupTable:
     # -- zeroing -----------------------------------------------------------------------------
 
     def watch(self, groups: torch.Tensor) -> None:
-        """Only these groups will have factors other than 1 from now on; shape (groups,) bool."""
+        """Only these groups have factors other than 1 from now on; shape (groups,) bool."""
         some = torch.cat([groups, torch.zeros(1, dtype=torch.bool)])
-        self._live = [i for i, p in enumerate(self.places) if bool(some[p.owners].any())]
+        self._live = []
+        for found in self._factors.values():
+            touched = some.to(found.owners.device)[found.owners].any(1)
+            for i in found.views:
+                place = self.places[i]
+                rows = touched[place.start : place.start + len(place.owners)].nonzero().flatten()
+                if not len(rows):
+                    continue
+                self._live.append(i)
+                few = len(rows) <= _FEW * len(place.owners) and place.tensor.numel() >= _LARGE
+                found.rows[i] = rows if few else None
 
     @torch.no_grad()
     def multiply(self, factors: torch.Tensor) -> None:
@@ -170,8 +188,6 @@ class GroupTable:
         Args:
             factors: Shape (groups,), in [0, 1]; 1 for groups that are not watched.
         """
-        if not self._live:
-            return
         for device, found in self._factors.items():
             live = [i for i in self._live if i in found.views]
             if not live:
@@ -181,8 +197,13 @@ class GroupTable:
                 torch.index_select(vector, 0, found.owners[:, 0], out=found.flat)
             else:
                 torch.amin(vector[found.owners], 1, out=found.flat)
-            tensors = [local(self.places[i].tensor) for i in live]
-            torch._foreach_mul_(tensors, [found.views[i] for i in live])
+            many = [i for i in live if found.rows[i] is None]
+            tensors = [local(self.places[i].tensor) for i in many]
+            if tensors:
+                torch._foreach_mul_(tensors, [found.views[i] for i in many])
+            for i in live:
+                if (rows := found.rows[i]) is not None:
+                    _multiply_rows(self.places[i], rows, found.views[i])
 
     @torch.no_grad()
     def subtract(self, factors: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
@@ -204,8 +225,21 @@ class GroupTable:
 
     @torch.no_grad()
     def remember(self) -> dict[str, torch.Tensor]:
-        """A copy of what this process has of each tensor that groups own slices of."""
-        return {place.name: local(place.tensor).clone() for place in self.places}
+        """A copy of what this process has of each tensor that groups own slices of.
+
+        It is in the same memory each time, until `forget`: fresh memory takes longer to get than
+        to write to.
+        """
+        tensors = {place.name: local(place.tensor) for place in self.places}
+        for name, tensor in tensors.items():
+            if name not in self._memory:
+                self._memory[name] = torch.empty_like(tensor)
+        torch._foreach_copy_([self._memory[name] for name in tensors], list(tensors.values()))
+        return self._memory
+
+    def forget(self) -> None:
+        """Give the memory of `remember` back."""
+        self._memory = {}
 
     @torch.no_grad()
     def restore(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -223,22 +257,20 @@ class GroupTable:
                 subtracted over it. Directions of the others, which no step moves, are zero.
         """
         found: dict[Any, torch.Tensor] = {}
-        scratch = _Scratch()
+        scratch = Scratch()
         for place in self.places:
             x = before[place.name]
             total = found.get(place.shard.meshes)
             if total is None:
                 total = torch.zeros(3, self.count + 1, dtype=torch.float64)
                 found[place.shard.meshes] = total
-            # One tensor at a time and in the same memory, so that there is no second copy of all.
-            spare = scratch.of(x, 2)
-            rows = [_along(x, x, place.axis, spare[0])]
-            if rate := rates.get(id(place.tensor)):
-                d = torch.sub(x, local(place.tensor), out=spare[1]).div_(rate)
-                rows += [_along(x, d, place.axis, spare[0]), _along(d, d, place.axis, spare[0])]
-            values = torch.stack(rows).to("cpu", torch.float64)
+            rate = rates.get(id(place.tensor), 0.0)
+            after = local(place.tensor) if rate else None
+            values = sums_along(x, after, place.axis, scratch).to("cpu", torch.float64)
+            if after is not None:
+                values *= torch.tensor([[1.0], [1 / rate], [1 / rate**2]], dtype=torch.float64)
             for column in place.owners.T:
-                total[: len(rows)].index_add_(1, column, values)
+                total[: len(values)].index_add_(1, column, values)
         every = torch.zeros(3, self.count + 1, dtype=torch.float64)
         for meshes, total in found.items():
             every += all_reduced(total, meshes)
@@ -261,29 +293,12 @@ class GroupTable:
         return self.sums({p.name: local(p.tensor) for p in self.places}, {}).weights == 0
 
 
-class _Scratch:
-    """Memory for temporaries, as large as the largest so far."""
-
-    def __init__(self) -> None:
-        self._held: dict[Any, torch.Tensor] = {}
-
-    def of(self, like: torch.Tensor, count: int) -> list[torch.Tensor]:
-        """So many tensors in the shape of another; they are as they were left."""
-        key = (like.device, like.dtype)
-        held = self._held.get(key)
-        if held is None or held.shape[1] < like.numel():
-            held = self._held[key] = like.new_empty(count, like.numel())
-        return [held[i, : like.numel()].view(like.shape) for i in range(count)]
-
-
-def _along(a: torch.Tensor, b: torch.Tensor, axis: int, spare: torch.Tensor) -> torch.Tensor:
-    """``sum a b`` over all axes but one; ``spare`` is written to."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        product = a.float() * b.float()
-    else:
-        product = torch.mul(a, b, out=spare)
-    others = [d for d in range(a.dim()) if d != axis]
-    return product.sum(others) if others else product.clone()
+def _multiply_rows(place: Place, rows: torch.Tensor, factors: torch.Tensor) -> None:
+    """Multiply a few indices of the axis, and leave the memory of the others alone."""
+    tensor = local(place.tensor)
+    part = tensor.index_select(place.axis, rows)
+    part.mul_(factors.index_select(place.axis, rows))
+    tensor.index_copy_(place.axis, rows, part)
 
 
 def _terms(families: Families, chosen: Iterable[Family]) -> dict[str, tuple[Term, ...]]:

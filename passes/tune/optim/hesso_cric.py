@@ -89,7 +89,7 @@ class HESSOCRIC(SparseOptimizer):
         super().__init__(groups, model, pruning_steps=pruning_steps, **options)
         self.sampling_steps, self.max_cycles = sampling_steps, max_cycles
         self.tolerance, self.loss_weight = tolerance, loss_weight
-        self._all = {n: t for n, t in named_tensors(model).items() if t.is_floating_point()}
+        self._all = self._changing(named_tensors(model))
         self._check_length(total_steps)
         count = self.table.count
         self.stage: Stage = "wait"
@@ -104,6 +104,18 @@ class HESSOCRIC(SparseOptimizer):
         self._samples = 0
         self._candidates = torch.zeros(count, dtype=torch.bool)
         self._known = torch.zeros(count, dtype=torch.bool)
+
+    def _changing(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What probes and cycles may change: all but frozen parameters that no group owns."""
+        owned = {id(place.tensor) for place in self.table.places}
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
+            and (
+                not isinstance(tensor, nn.Parameter) or tensor.requires_grad or id(tensor) in owned
+            )
+        }
 
     def _check_length(self, total: int | None) -> None:
         probes = 1 + len(PROBES) * len(self.table.chosen)

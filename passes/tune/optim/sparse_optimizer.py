@@ -229,6 +229,8 @@ class SparseOptimizer(WrappedOptimizer):
             loss = self.given_loss if result is None else result
         self._after(before, loss)
         self.steps += 1
+        if self.finished:
+            self.table.forget()
         return result
 
     def _base_step(self, closure: Callable[[], Any] | None) -> Any:
@@ -291,10 +293,8 @@ class SparseOptimizer(WrappedOptimizer):
 
     def _multiply(self, factor: float = 1.0) -> None:
         """Zero what is gone, and multiply what is leaving."""
-        factors = torch.ones(self.table.count, dtype=torch.float64)
-        factors[self.phase == LEAVING] = factor
-        factors[self.phase == GONE] = 0.0
-        self.table.multiply(factors)
+        of_phase = torch.tensor([1.0, factor, 0.0], dtype=torch.float64)
+        self.table.multiply(of_phase[self.phase.long()])
 
     # -- state -------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ class TrainingModule(torch.nn.Module):
         split: Run block by block, each with the parameters that it alone reads.
         recompute: In training, compute a block's activations again for its gradients.
         local: Run block by block, and let no gradient go from one block to another.
+        written: Names of further tensors that are written to.
 
     Raises:
         PreconditionError: The program has no values.
@@ -56,6 +57,7 @@ class TrainingModule(torch.nn.Module):
         split: bool = False,
         recompute: bool = False,
         local: bool = False,
+        written: Iterable[str] = (),
     ) -> None:
         super().__init__()
         if reason := cannot_run(program):
@@ -69,7 +71,7 @@ class TrainingModule(torch.nn.Module):
         training = training_graph(graph, batch_norm=batch_norm, dropout=dropout)
         starts = starts_of_blocks(graph) if split else starts_of_blocks(graph)[:1]
         pieces = cut(graph, starts, self._taps)
-        self._buffers_written = statistics_of_norms(graph) if batch_norm else set()
+        self._written = {*written, *(statistics_of_norms(graph) if batch_norm else ())}
         self._last = self._last_reads(pieces)
         self.blocks = torch.nn.ModuleList(
             _Block(ours, theirs)
@@ -95,7 +97,7 @@ class TrainingModule(torch.nn.Module):
         """The tensor to use: a copy of what training changes, else the one that there is."""
         entry = program.entries[name]
         tensor = entry.tensor.detach()
-        if trains or name in self._buffers_written or tensor.is_inference():
+        if trains or name in self._written or tensor.is_inference():
             tensor = tensor.clone()
         if entry.kind is TensorKind.PARAMETER:
             return torch.nn.Parameter(tensor, requires_grad=trains)
@@ -170,7 +172,7 @@ class TrainingModule(torch.nn.Module):
     def changing(self) -> list[str]:
         """Names of the tensors that training changes: parameters, and running statistics."""
         trained = self.trainable()
-        return [name for name in self._places if name in trained or name in self._buffers_written]
+        return [name for name in self._places if name in trained or name in self._written]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of these tensors, whole; every process has to ask for them together."""

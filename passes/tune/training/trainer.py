@@ -135,6 +135,9 @@ class Trainer:
         hooks: Called between steps.
         taps: Names of nodes whose values the objective needs.
         local: Stop gradients between blocks, so that each learns from the taps in it alone.
+        expand: From flat inputs to those that the program is given instead in training, perhaps
+            of more samples; `Forward.flat` is without it.
+        written: Names of tensors that hooks or the optimizer write to, besides those trained.
         key: What the objective is, for the name of the checkpoint.
 
     Attributes:
@@ -163,9 +166,12 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         taps: Sequence[str] = (),
         local: bool = False,
+        expand: Callable[[list[Any]], list[Any]] | None = None,
+        written: Sequence[str] = (),
         key: str = "",
     ) -> None:
         self.program, self.ctx, self.options = program, ctx, options
+        self._expand = expand
         self.objective, self.metrics, self.hooks = objective, metrics, tuple(hooks)
         self.device = device_of(program)
         self.processes = Processes(self.device)
@@ -182,7 +188,7 @@ class Trainer:
         self.total = self._count_steps()
         self._every = options.evaluate_every or max(1, self.total // 10)
         self._key = key
-        self.module = self._make_module(taps, local)
+        self.module = self._make_module(taps, local, written)
         self.parameters = self.module.trainable()
         self._make = optimizer
         self._best: dict[str, torch.Tensor] = {}
@@ -190,7 +196,9 @@ class Trainer:
         self._epoch_random = torch.get_rng_state()
         self._resumed_random: Mapping[str, torch.Tensor] | None = None
 
-    def _make_module(self, taps: Sequence[str], local: bool) -> TrainingModule:
+    def _make_module(
+        self, taps: Sequence[str], local: bool, written: Sequence[str]
+    ) -> TrainingModule:
         options = self.options
         names = choose_trainable(self.program, options.trainable, options.frozen)
         with torch.inference_mode(False):
@@ -203,6 +211,7 @@ class Trainer:
                 split=self.processes.world > 1,
                 recompute=options.recompute,
                 local=local,
+                written=written,
             )
             self.processes.shard(module, module.blocks)
         return module
@@ -312,7 +321,8 @@ class Trainer:
         return value
 
     def _forward(self, part: Part, *, training: bool) -> Forward:
-        flat, taps = self.module(*part.flat)
+        given = self._expand(part.flat) if self._expand and training else part.flat
+        flat, taps = self.module(*given)
         outputs = self.program.unflatten_outputs(flat)
         return Forward(part.batch, part.flat, outputs, flat, taps, self._now.step, training)
 

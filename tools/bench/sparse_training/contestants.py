@@ -53,6 +53,7 @@ class Run:
         zero: How many of them are zero, counted in the weights.
         kept: Share of the parameters that is left after the erase.
         error: Largest difference of an output, erased to trained, over the largest output.
+        steps: Of the training.
     """
 
     metric: float
@@ -60,6 +61,7 @@ class Run:
     zero: int = 0
     kept: float = 1.0
     error: float = 0.0
+    steps: int = 0
 
 
 def _hesso(steps: int) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def one_run(task: Task, method: str, sparsity: float, seed: int, **more: Any) ->
     train(task, model, optimizer, seed, parts)
     model.eval()
     if sparse is None:
-        return Run(task.metric(model))
+        return Run(task.metric(model), steps=steps)
     return _erased(task, model, sparse)
 
 
@@ -159,4 +161,5 @@ def _erased(task: Task, model: nn.Module, sparse: optim.SparseOptimizer) -> Run:
         int(sparse.table.zero().sum()),
         sizes[0] / sizes[1],
         float((got - want).abs().max() / want.abs().max()),
+        task.steps,
     )

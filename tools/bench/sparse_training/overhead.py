@@ -59,9 +59,12 @@ def overhead(rounds: int = 4) -> dict[str, Any]:
     groups = tl.capture(model.eval(), (x,)).analysis(ZeroInvariantGroups)
     steps = 10 * rounds
     found: dict[str, Any] = {}
-    for fused in (False, True):
+    bases: dict[str, dict[str, bool]] = {
+        "default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}
+    }  # fmt: skip
+    for name, base_options in bases.items():
         sparse = optim.HESSO(
-            groups, model, lr=1e-4, fused=fused, target_sparsity=0.7, start_step=rounds,
+            groups, model, lr=1e-4, **base_options, target_sparsity=0.7, start_step=rounds,
             pruning_steps=steps, periods=10,
         )  # fmt: skip
         for _ in range(2):
@@ -74,7 +77,7 @@ def overhead(rounds: int = 4) -> dict[str, Any]:
             rows.setdefault(stage, []).append((base, own))
         whole = _time(lambda: _backward(model, x))
         base = median(b for pairs in rows.values() for b, _ in pairs)
-        found["fused" if fused else "foreach"] = {
+        found[name] = {
             "base_ms": 1e3 * base,
             "training_step_ms": 1e3 * (base + whole),
             **{stage: median(own / b for b, own in pairs) for stage, pairs in rows.items()},

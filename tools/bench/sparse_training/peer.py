@@ -52,7 +52,7 @@ def torch_pruning(task: Task, sparsity: float, seed: int) -> Run:
             module.head_dim = module.qkv.out_features // (3 * module.heads)
     train(half, model, _adamw(model, task), seed + 1, 1)
     kept = sum(p.numel() for p in model.parameters()) / whole
-    return Run(task.metric(model.eval()), kept=kept)
+    return Run(task.metric(model.eval()), kept=kept, steps=2 * half.steps)
 
 
 def _adamw(model: torch.nn.Module, task: Task) -> torch.optim.Optimizer:

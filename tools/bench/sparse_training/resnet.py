@@ -17,8 +17,12 @@ from torch import Tensor, nn
 import torchlathe as tl
 from torchlathe import optim
 from torchlathe.passes import ZeroInvariantGroups
+from torchlathe.passes.tune.optim.groups import GroupTable, named_tensors
 
-__all__ = ["ResNet18", "resnet18"]
+__all__ = ["STAGES", "ResNet18", "evenly", "resnet18"]
+
+# Families by how many channels they have, which is by the size of their images.
+STAGES = (64, 128, 256, 512)
 
 
 class _Block(nn.Module):
@@ -93,19 +97,48 @@ def resnet18(keep_at_least: float | None, seed: int = 0, steps: int = 24) -> dic
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return {"keep_at_least": keep_at_least, "steps": steps, **_erased(model, optimizer.table)}
+
+
+def evenly(seed: int = 0) -> dict[str, Any]:
+    """The same counts where every family keeps the same share, whatever it holds."""
+    torch.manual_seed(seed)
+    model = ResNet18().eval()
+    families = tl.capture(model, (torch.randn(1, 3, 32, 32),)).analysis(ZeroInvariantGroups)
+    table = GroupTable(families, families.prunable, named_tensors(model))
+    gone = int(table.count * 0.7)
+    factors = torch.ones(table.count, dtype=torch.float64)
+    for place, (family, start) in enumerate(zip(table.chosen, table.starts, strict=True)):
+        left = sum(f.extent for f in table.chosen[place:])
+        share = round(gone * family.extent / left)
+        factors[start : start + share] = 0.0
+        gone -= share
+    table.watch(factors == 0)
+    table.multiply(factors)
+    return _erased(model, table)
+
+
+def _erased(model: nn.Module, table: GroupTable) -> dict[str, Any]:
+    """Counts, sizes and kept shares of a model with zero groups, before and after the erase."""
     model.eval()
+    x = torch.randn(1, 3, 32, 32)
+    zero = table.zero()
+    program = tl.capture(model, (x,))
     small = tl.compile(model, "structured-erase{zeros=true}", (x,), measure_latency=False)
-    before, after = program.cost(), small.program.cost()
     with torch.no_grad():
         error = float((small(x) - model(x)).abs().max() / model(x).abs().max())
+    kept = {}
+    for stage in STAGES:
+        members = [i for i, family in enumerate(table.chosen) if family.extent == stage]
+        mine = torch.isin(table.family, torch.tensor(members))
+        kept[str(stage)] = float((mine & ~zero).sum() / mine.sum())
     return {
-        "keep_at_least": keep_at_least,
-        "groups": optimizer.table.count,
-        "kept": optimizer.table.count - optimizer.zero_groups,
+        "groups": table.count,
+        "kept": int((~zero).sum()),
+        "kept_shares": kept,
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_after": sum(p.numel() for p in small.parameters()),
-        "flops": before.flops_at(),
-        "flops_after": after.flops_at(),
+        "flops": program.cost().flops_at(),
+        "flops_after": small.program.cost().flops_at(),
         "error": error,
-        "steps": steps,
     }

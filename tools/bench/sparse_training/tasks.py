@@ -16,7 +16,7 @@ from torchlathe.tools.bench.sparse_training.contestants import Task
 
 __all__ = ["TASKS", "characters", "digits_task"]
 
-_EPOCHS = {"digits CNN": 20, "digits ViT": 25}
+_EPOCHS = {"digits CNN": 20, "digits ViT": 50}
 _SIZE = 64
 
 
