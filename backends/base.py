@@ -38,6 +38,7 @@ FlatCallable = Callable[..., Sequence[Any]]
 _TABLE = {
     "aoti": "torchlathe.backends.aoti:AOTInductor",
     "auto": "torchlathe.backends.auto:Auto",
+    "checkpoint": "torchlathe.backends.checkpoints:Checkpoint",
     "eager": "torchlathe.backends.eager:Eager",
     "executorch": "torchlathe.backends.executorch:ExecuTorch",
     "inductor": "torchlathe.backends.inductor:Inductor",

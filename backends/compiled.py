@@ -256,8 +256,8 @@ class CompiledModel(torch.nn.Module):
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write what the backend made, for a runtime that needs no torchlathe.
 
-        That is a ``.pt2`` of ``aoti``, ``.onnx``, ``.pte`` of ``executorch``, or ``.xml`` with a
-        ``.bin`` beside it of ``openvino``.
+        That is a ``.pt2`` of ``aoti``, ``.onnx``, ``.pte`` of ``executorch``, ``.xml`` with a
+        ``.bin`` beside it of ``openvino``, or a folder of ``checkpoint``.
 
         Raises:
             UnsupportedError: Another backend, which makes no file.
@@ -267,7 +267,8 @@ class CompiledModel(torch.nn.Module):
         if write is None:
             raise UnsupportedError(
                 f"backend={state.backend.name!r} makes no file",
-                hint="aoti, onnx, openvino and executorch do; compiled.save keeps every model",
+                hint="aoti, onnx, openvino, executorch and checkpoint do; compiled.save keeps "
+                "every model",
             )
         write(path)
 

@@ -100,6 +100,13 @@ def _make(
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     wanted = (config.architectures or [None])[0]
     cls = getattr(transformers, wanted, None) if wanted else None
+    if folder is not None and _is_compressed(config):
+        from torchlathe.tools.checkpoints import load_checkpoint
+
+        loaded: Any = load_checkpoint(folder, dtype=torch.float32)
+        for part in (loaded.config, loaded.config.get_text_config()):
+            part.use_cache = False
+        return loaded, ()
     if folder is not None:
         maker = cls or transformers.AutoModel
         model = maker.from_pretrained(
@@ -119,6 +126,13 @@ def _make(
     finally:
         torch.set_default_dtype(before)
     return model, (f"the model was made on the meta device in {str(dtype)[6:]}, without values",)
+
+
+def _is_compressed(config: Any) -> bool:
+    """Whether the weights of a config are stored in few bits, in the format that is read here."""
+    quantization: Any = getattr(config, "quantization_config", None)
+    found = isinstance(quantization, dict) and quantization.get("quant_method")
+    return bool(found == "compressed-tensors")
 
 
 def _small_or_none(make: Any, config: Any) -> Any:

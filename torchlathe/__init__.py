@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchlathe.ir import Error, Program, capture
     from torchlathe.passes import PassManager
     from torchlathe.passes.statistics import Calibration
+    from torchlathe.tools.checkpoints import load_checkpoint
     from torchlathe.tools.diff import diff
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ir",
     "kernels",
     "load",
+    "load_checkpoint",
     "optim",
     "passes",
     "plan",
@@ -50,6 +52,7 @@ _HOME = {
     "compile": "torchlathe._compile",
     "diff": "torchlathe.tools.diff",
     "load": "torchlathe._compile",
+    "load_checkpoint": "torchlathe.tools.checkpoints",
     "plan": "torchlathe._plan",
 }
 

@@ -22,7 +22,17 @@ from torchlathe.backends import (
 )
 from torchlathe.ir import BackendError, OptionError, SpecError
 
-BUILT_IN = ["aoti", "auto", "eager", "executorch", "inductor", "module", "onnx", "openvino"]
+BUILT_IN = [
+    "aoti",
+    "auto",
+    "checkpoint",
+    "eager",
+    "executorch",
+    "inductor",
+    "module",
+    "onnx",
+    "openvino",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def test_an_unknown_name_tells_the_nearest(name: str) -> None:
 
 
 def test_what_is_no_backend_is_refused() -> None:
-    with pytest.raises(BackendError, match="there are aoti, auto, eager, execu"):
+    with pytest.raises(BackendError, match="there are aoti, auto, checkpoint, eager"):
         get_backend("zzz")
     with pytest.raises(BackendError, match="is not a backend"):
         get_backend(3)  # type: ignore[arg-type]

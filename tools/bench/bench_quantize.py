@@ -1,19 +1,20 @@
-"""Quantised models against the originals and torchao: fidelity at the same bits, and speed.
+"""Quantised models against the originals and peers: fidelity at the same bits, and speed.
 
 The encoder is MiniLM with its pretrained weights, the language model the small one that is trained
-on Python's documentation. torchao is a contestant where it can be imported; both quantise the same
-weights, and are measured on the same data in the same process. Rows that are there are kept.
+on Python's documentation. torchao is a contestant where it can be imported, llm-compressor by
+``--llm-compressor``; all quantise the same weights, and are measured on the same data by the same
+code. Rows that are there are kept with ``--resume``, those of peers that are not here in any case.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from torchlathe.backends import CompiledModel, get_backend
 from torchlathe.ir.files import write_text
 from torchlathe.passes import FuseKernels, PassManager
 from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.quantize_peers import LlmCompressor, torchao_rows
 
 __all__ = ["main"]
 
@@ -47,6 +49,10 @@ _INTEGERS: Final = {
     "w4a16, rotated": "quantize{scheme=w4a16,group=32,rotate=true}",
     "w4a16, gptq, no order": "quantize{scheme=w4a16,group=32,method=gptq,act-order=false}",
     "w4a16, gptq, zero points": "quantize{scheme=w4a16,group=32,method=gptq,symmetric=false}",
+    "w4a16, gptq, zero points, whole ranges": "quantize{scheme=w4a16,group=32,method=gptq,"
+    "symmetric=false,clip=none}",
+    "w4a16, awq, zero points, products inserted": "quantize{scheme=w4a16,group=32,balance=awq,"
+    "insert=true,symmetric=false}",
     "w8a16": "quantize{scheme=w8a16}",
     "fp8": "quantize{scheme=fp8}",
     "mxfp4": "quantize{scheme=mxfp4}",
@@ -59,10 +65,12 @@ def _contestants(budget: float) -> dict[str, str]:
     return {name: spec.replace("BUDGET", f"{budget:g}") for name, spec in _INTEGERS.items()}
 
 
-def minilm(console: Console, done: set[str]) -> Iterator[dict[str, Any]]:
+def minilm(
+    console: Console, done: set[str], peer: LlmCompressor | None
+) -> Iterator[dict[str, Any]]:
     """Cosine of embeddings to those of the original, a row for each contestant."""
     from torchlathe.tools.demo_minilm import compare_embeddings, embed, load_encoder
-    from torchlathe.tools.sentence_encoder import documentation_sentences
+    from torchlathe.tools.sentence_encoder import SentenceEncoder, documentation_sentences
 
     encoder, tokenizer = load_encoder()
     sentences = documentation_sentences()
@@ -78,12 +86,19 @@ def minilm(console: Console, done: set[str]) -> Iterator[dict[str, Any]]:
         found = compare_embeddings(before, embed(model, tokenizer, test), test)
         return {"cosine": found.cosine, "worst": found.worst_cosine}
 
-    yield from _peer(encoder, score, console, done)
+    yield from torchao_rows(encoder, score, console, done)
+    if peer is not None:
+        words: Any = tokenizer(seen)
+        yield from peer.rows(
+            encoder.bert, words, "BertLayer", lambda m: score(SentenceEncoder(m)), console, done
+        )
     yield from _ours(program, batches, _contestants(0.62), score, console, done)
 
 
-def characters(console: Console, done: set[str]) -> Iterator[dict[str, Any]]:
-    """Perplexity of the next character, a row for each contestant."""
+def characters(
+    console: Console, done: set[str], peer: LlmCompressor | None
+) -> Iterator[dict[str, Any]]:
+    """Perplexity of the next character, and divergence from the original, a row for each."""
     from torchlathe.tools.bench.character_model import batches, perplexity, trained
 
     model = trained()
@@ -91,13 +106,45 @@ def characters(console: Console, done: set[str]) -> Iterator[dict[str, Any]]:
     test = list(batches(_TEST_BATCHES, 16, test=True, seed=1))
     program = capture(model, (data[0],), dynamic_shapes="auto")
 
+    with torch.no_grad():
+        wanted = [model(tokens).log_softmax(-1) for tokens in test]
+
     def score(model: Callable[..., Any]) -> dict[str, float]:
-        return {"perplexity": float(perplexity(model, test))}
+        return {
+            "perplexity": float(perplexity(model, test)),
+            "divergence": _divergence(model, test, wanted),
+        }
 
     if "original" not in done:
         yield {"contestant": "original", "spec": "", "bits": 32.0, **score(model)}
-    yield from _peer(model, score, console, done)
+    yield from torchao_rows(model, score, console, done)
+    if peer is not None:
+        tokens = torch.cat(data)
+        words = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        yield from peer.rows(
+            model.body,
+            words,
+            None,
+            lambda m: score(lambda tokens: m(input_ids=tokens).logits),
+            console,
+            done,
+        )
     yield from _ours(program, data, _contestants(0.2), score, console, done)
+
+
+def _divergence(
+    model: Callable[..., Any], test: list[torch.Tensor], wanted: list[torch.Tensor]
+) -> float:
+    """Mean Kullback-Leibler divergence of predictions from those of the original, in nats.
+
+    It tells models apart that are all within the chance of perplexity.
+    """
+    total = 0.0
+    with torch.no_grad():
+        for tokens, want in zip(test, wanted, strict=True):
+            found = model(tokens).log_softmax(-1)
+            total += float((want.exp() * (want - found)).sum(-1).mean(dtype=torch.float64))
+    return total / len(test)
 
 
 def _ours(
@@ -132,52 +179,9 @@ def _ours(
         yield row
 
 
-def _peer(
-    model: torch.nn.Module,
-    score: Callable[[Callable[..., Any]], dict[str, float]],
-    console: Console,
-    done: set[str],
+def speeds(
+    console: Console, layers: int, sizes: list[tuple[int, int]], seconds: float
 ) -> Iterator[dict[str, Any]]:
-    try:
-        import torchao
-        from torchao.quantization import (
-            Int8DynamicActivationInt8WeightConfig,
-            Int8WeightOnlyConfig,
-            IntxWeightOnlyConfig,
-            PerGroup,
-            quantize_,
-        )
-    except ImportError:
-        console.print("torchao is not installed")
-        return
-    configurations = {
-        "torchao w8a8": (Int8DynamicActivationInt8WeightConfig(), 8.0),
-        "torchao w8a16": (Int8WeightOnlyConfig(), 8.0),
-        "torchao w4a16": (
-            IntxWeightOnlyConfig(
-                weight_dtype=getattr(torch, "int4"),  # noqa: B009
-                granularity=PerGroup(32),
-            ),
-            4.0,
-        ),
-    }
-    for name, (configuration, bits) in configurations.items():
-        if name in done:
-            continue
-        copied = copy.deepcopy(model)
-        quantize_(copied, configuration)
-        row = {
-            "contestant": name,
-            "spec": type(configuration).__name__,
-            "bits": bits,
-            "version": torchao.__version__,
-            **score(copied),
-        }
-        console.print(f"{name}: {row}")
-        yield row
-
-
-def speeds(console: Console, layers: int, sizes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """Seconds of an encoder of BERT-base's sizes through the inductor, in turn."""
     from torchlathe.tools.compat import define_torchvision_ops
 
@@ -207,7 +211,7 @@ def speeds(console: Console, layers: int, sizes: list[tuple[int, int]]) -> Itera
             ("w8a8, fp32 between", "quantize", torch.float32),
             ("w8a8, bf16 between", "quantize", torch.bfloat16),
         ):
-            program = capture(Encoder(copy.deepcopy(model).to(dtype)), (tokens,))
+            program = capture(Encoder(deepcopy(model).to(dtype)), (tokens,))
             if spec:
                 fuse = FuseKernels(runtime="inductor")
                 program = PassManager([spec, fuse], verify=False).run(program)
@@ -221,8 +225,11 @@ def speeds(console: Console, layers: int, sizes: list[tuple[int, int]]) -> Itera
             calls[name] = partial(compiled, tokens)
         times: dict[str, list[float]] = {name: [] for name in calls}
         count = 3 if batch * length < 512 else 1
+        began = time.monotonic()
         with torch.no_grad():
-            for _ in range(25):
+            for turn in range(25):
+                if turn >= 7 and time.monotonic() - began > seconds:
+                    break
                 for name, call in calls.items():
                     start = time.perf_counter()
                     for _ in range(count):
@@ -261,6 +268,20 @@ def _instructions() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()} {' '.join(flags)}"
 
 
+def _whole(row: dict[str, Any]) -> bool:
+    """Whether a row has all that rows have now."""
+    return "perplexity" not in row or "divergence" in row
+
+
+def _put(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Add a row, or put it in the place of the one of the same contestant."""
+    for index, old in enumerate(rows):
+        if (old["contestant"], old.get("tokens")) == (row["contestant"], row.get("tokens")):
+            rows[index] = row
+            return
+    rows.append(row)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -268,7 +289,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--layers", type=int, default=12, help="of the timed encoder")
     parser.add_argument("--sizes", nargs="+", default=["1x128", "8x128"], help="batch x tokens")
+    parser.add_argument(
+        "--seconds", type=float, default=90, help="of the rounds of a size, of which 7 run anyway"
+    )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--llm-compressor",
+        nargs=2,
+        metavar=("PYTHON", "DIR"),
+        help="the Python of an environment that has it, and a folder for what it writes",
+    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after that")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args(argv)
     torch.set_num_threads(parsed.threads)
@@ -276,21 +307,22 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     result = json.loads(parsed.out.read_text()) if parsed.out.is_file() else {}
     sizes = [(int(a), int(b)) for a, b in (size.split("x") for size in parsed.sizes)]
+    peer = None if parsed.llm_compressor is None else LlmCompressor(*parsed.llm_compressor)
+    start = time.monotonic()
     for part in parsed.only or ("minilm", "characters", "speeds"):
-        rows = result.setdefault(part, []) if parsed.resume else []
-        done = {row["contestant"] for row in rows} if part != "speeds" else set()
+        rows = result.setdefault(part, [])
+        done = {r["contestant"] for r in rows if part != "speeds" and parsed.resume and _whole(r)}
+        measure = minilm if part == "minilm" else characters
         fresh = (
-            speeds(console, parsed.layers, sizes)
+            speeds(console, parsed.layers, sizes, parsed.seconds)
             if part == "speeds"
-            else (minilm if part == "minilm" else characters)(console, done)
+            else measure(console, done, peer)
         )
         for row in fresh:
-            if part == "speeds":
-                key = (row["tokens"], row["contestant"])
-                rows = [r for r in rows if (r["tokens"], r["contestant"]) != key]
-            rows.append(row)
-            result[part] = rows
+            _put(rows, row)
             write_text(parsed.out, json.dumps(result, indent=1) + "\n")
+            if time.monotonic() - start > 60 * parsed.minutes:
+                return 0
     result |= machine() | {"instructions": _instructions()}
     write_text(parsed.out, json.dumps(result, indent=1) + "\n")
     return 0

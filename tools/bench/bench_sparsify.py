@@ -22,12 +22,12 @@ from torchlathe.ir import Program
 from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.character_model import batches, perplexity, trained
 from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
 __all__ = ["main", "measured"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "sparsify_cpu.json"
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "sparsify.md"
-MARK: Final = "<!-- measured -->\n"
 METHODS: Final = ("magnitude", "wanda", "sparsegpt")
 PATTERNS: Final = {
     "2:4": "pattern=2:4",
@@ -126,13 +126,12 @@ def measured(result: dict[str, Any]) -> str:
         if not mine:
             continue
         parts.append(TEXTS[name].format(dense=mine[0]["dense"]) + "\n")
-        parts.append("| zeros | " + " | ".join(METHODS) + " |\n" + "| --- " * 4 + "|\n")
+        table = []
         for pattern in PATTERNS:
             cells = {row["method"]: row for row in mine if row["pattern"] == pattern}
             if cells:
-                texts = (_cell(cells.get(method)) for method in METHODS)
-                parts.append(f"| {pattern} | " + " | ".join(texts) + " |\n")
-        parts.append("\n")
+                table.append([pattern, *(_cell(cells.get(method)) for method in METHODS)])
+        parts.append(markdown_table(["zeros", *METHODS], table) + "\n")
     return "".join(parts).rstrip() + "\n"
 
 
@@ -145,10 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=_MODELS, default=list(_MODELS))
     parser.add_argument("--fresh", action="store_true", help="measure all rows again")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after that")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args(argv)
     torch.set_num_threads(1)
+    start = time.monotonic()
     result = json.loads(parsed.out.read_text()) if parsed.out.is_file() else {}
     kept = [] if parsed.fresh else list(result.get("rows", ()))
     if not parsed.page:
@@ -156,9 +157,10 @@ def main(argv: list[str] | None = None) -> int:
             kept.append(row)
             result = {"rows": kept, **machine()}
             write_text(parsed.out, json.dumps(result, indent=1) + "\n")
+            if time.monotonic() - start > 60 * parsed.minutes:
+                break
     if parsed.out == RESULTS:
-        text = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
-        write_text(PAGE, text + MARK + measured(result))
+        return rewrite_measured(PAGE, measured(result).lstrip("\n"))
     return 0
 
 

@@ -35,7 +35,15 @@ CHARACTERS = """
 ### A language model of characters
 
 Perplexity on text that was not trained on (a Llama of four layers and 160 channels); four batches
-of training text to calibrate with. Groups are of 32, since 160 columns are no multiple of 128.
+of training text to calibrate with, the same for all. Groups are of 32, since 160 columns are no
+multiple of 128. *Divergence* is the mean Kullback-Leibler divergence of the predictions from those
+of the original, in thousandths of a nat: it tells apart what perplexity cannot.
+"""
+
+PEERS = """
+Rows of llm-compressor are its own checkpoints ({versions}), read by
+[load_checkpoint](checkpoints.md) and measured by the same code; *mse* is its observer of that name,
+without which its ranges cover the largest weight. Groups' scales count 16 bits for all.
 """
 
 SPEEDS = """
@@ -45,6 +53,24 @@ SPEEDS = """
 contestants in turn; other programs ran on the machine, so that *least* is given as well. *Error*
 is that of the outputs, relative to fp32.
 """
+
+
+PAIRS: Final = {
+    "w8a8": ("llm-compressor w8a8", "torchao w8a8"),
+    "w8a8, smoothquant, products inserted": (
+        "llm-compressor w8a8, smoothquant",
+        "llm-compressor w8a8, smoothquant, gptq",
+    ),
+    "w8a16": ("torchao w8a16",),
+    "w4a16": ("llm-compressor w4a16", "torchao w4a16"),
+    "w4a16, clipped": ("llm-compressor w4a16, mse",),
+    "w4a16, awq, products inserted": ("llm-compressor w4a16, awq",),
+    "w4a16, gptq": ("llm-compressor w4a16, gptq", "llm-compressor w4a16, gptq, mse"),
+    "w4a16, gptq, zero points": ("llm-compressor w4a16, gptq, zero points",),
+    "w4a16, gptq, zero points, whole ranges": ("llm-compressor w4a16, gptq, zero points",),
+    "w4a16, awq, zero points, products inserted": ("llm-compressor w4a16, awq, zero points",),
+    "w4a8, gptq": ("llm-compressor w4a8, gptq",),
+}
 
 
 def measured(result: dict[str, Any]) -> str:
@@ -60,6 +86,10 @@ def measured(result: dict[str, Any]) -> str:
     ):
         if rows := result.get(key):
             parts += [text, _fidelity(rows, score)]
+            peers = [row for row in rows if row["contestant"].startswith("llm-compressor")]
+            if peers:
+                versions = ", ".join(sorted({row["version"] for row in peers}))
+                parts += [PEERS.format(versions=versions), _verdict(rows, score)]
     if rows := result.get("speeds"):
         parts += [SPEEDS.format(layers=rows[0]["layers"], threads=rows[0]["threads"])]
         parts += [_speeds(rows)]
@@ -71,11 +101,45 @@ def _fidelity(rows: Sequence[dict[str, Any]], score: str) -> str:
     for row in rows:
         swept = row.get("swept")
         better = f"{row['better_than_nearest']} of {swept}" if swept else ""
-        worst = [f"{row['worst']:.4f}"] if score == "cosine" else []
         value = f"{row[score]:.5f}" if score == "cosine" else f"{row[score]:.3f}"
-        table.append([row["contestant"], f"{row['bits']:.2f}", value, *worst, better])
-    header = ["what", "bits a weight", score, *(["worst"] if score == "cosine" else []), "better"]
-    return markdown_table(header, table)
+        second = f"{row['worst']:.4f}" if score == "cosine" else _thousandths(row)
+        table.append([row["contestant"], f"{row['bits']:.2f}", value, second, better])
+    second = "worst" if score == "cosine" else "divergence"
+    return markdown_table(["what", "bits a weight", score, second, "better"], table)
+
+
+def _thousandths(row: dict[str, Any]) -> str:
+    found = row.get("divergence")
+    return "" if found is None else f"{1e3 * found:.2f}"
+
+
+def _verdict(rows: Sequence[dict[str, Any]], score: str) -> str:
+    """Each of ours beside the best of the peers' rows of the same kind, and where it is behind."""
+
+    def lost(name: str) -> float:
+        row = found[name]
+        return 1 - float(row["cosine"]) if score == "cosine" else float(row["divergence"])
+
+    found = {r["contestant"]: r for r in rows if score == "cosine" or "divergence" in r}
+    table, behind = [], []
+    for own, peers in PAIRS.items():
+        theirs = [name for name in peers if name in found]
+        if own not in found or not theirs:
+            continue
+        best = min(theirs, key=lost)
+        ratio = lost(own) / lost(best)
+        table.append(
+            [own, best, f"{1e3 * lost(own):.2f}", f"{1e3 * lost(best):.2f}", f"{ratio:.2f}"]
+        )
+        if ratio > 1.02:
+            behind.append(own)
+    what = "1 - cosine" if score == "cosine" else "divergence"
+    text = markdown_table(
+        ["ours", "best peer of the kind", f"{what}, thousandths", "theirs", "ratio"], table
+    )
+    if behind:
+        text += f"\nOurs loses more (a ratio above 1.02) at: {'; '.join(behind)}.\n"
+    return text
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> str:

@@ -71,6 +71,10 @@ def run_model(parsed: argparse.Namespace) -> int:
     from torchlathe.ir.files import write_text
     from torchlathe.tools.cli.progress import Progress
     from torchlathe.tools.model_bench import bench_models
+    from torchlathe.tools.model_bench.picture import check_picture
+
+    if parsed.plot:
+        check_picture(parsed.plot)
 
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)

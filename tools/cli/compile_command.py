@@ -71,14 +71,14 @@ def add_parser(commands: Any, common: Parser) -> None:
         "--backend",
         default="eager",
         metavar="NAME",
-        help="eager (default), inductor, module, aoti, onnx, openvino, executorch or auto, with "
-        'options as in "inductor{freezing=true}"; see `torchlathe backends`',
+        help="eager (default), inductor, module, checkpoint, aoti, onnx, openvino, executorch or "
+        'auto, with options as in "inductor{freezing=true}"; see `torchlathe backends`',
     )
     parser.add_argument(
         "--export",
         metavar="FILE",
         help="also write what the backend made: .pt2 of aoti, .onnx, .xml of openvino, .pte of "
-        "executorch",
+        "executorch, a folder of checkpoint",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="save the compiled model (.tl)")
     parser.add_argument(
@@ -187,7 +187,7 @@ def add_meta_argument(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Compile, save and report."""
     text = pipeline_text(parsed.passes)
-    for path in (parsed.output, parsed.report, parsed.export):
+    for path in (parsed.output, parsed.report):
         check_writable(path)
     if parsed.save_module and parsed.backend != "module":
         raise UsageError("--save-module needs --backend module")
@@ -198,7 +198,8 @@ def run(parsed: argparse.Namespace) -> int:
     for plugin in parsed.plugin:
         load_plugin(plugin)
     passes = parse_pipeline(text)
-    get_backend(parsed.backend)
+    if get_backend(parsed.backend).name != "checkpoint":  # which writes a folder
+        check_writable(parsed.export)
     loss = _checked_data(parsed)
     compiled = _compile(parsed, passes, loss)
     report: Report = compiled.report

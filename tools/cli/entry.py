@@ -13,6 +13,7 @@ from torchlathe.tools.cli import (
     bench_command,
     compile_command,
     diff_command,
+    export_command,
     inspect_command,
     kernels_command,
     passes_command,
@@ -35,6 +36,7 @@ examples:
   torchlathe diff model.py:make small.tl     where the error starts and grows
   torchlathe bench model model.py:make small.tl small.tl@onnx
   torchlathe show small.tl                   what a saved model says about itself
+  torchlathe export small.tl --like path/to/llama -o folder
   torchlathe backends                        list the backends
   torchlathe kernels check                   compile the kernels with no GPU
 
@@ -66,6 +68,7 @@ def build_parser() -> Parser:
         diff_command,
         bench_command,
         show_command,
+        export_command,
         backends_command,
         kernels_command,
     ):

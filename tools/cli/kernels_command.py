@@ -60,6 +60,11 @@ def _add_check(actions: Any, common: Parser) -> None:
     )
     parser.add_argument("--op", action="append", metavar="OP", help="check this op only")
     parser.add_argument(
+        "--candidates",
+        action="store_true",
+        help="check every tile that `tune` would time, too (some minutes)",
+    )
+    parser.add_argument(
         "--triton", metavar="FOLDER", help="take Triton from this folder (pip install --target)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -69,6 +74,7 @@ def _add_check(actions: Any, common: Parser) -> None:
 
 def run_check(parsed: argparse.Namespace) -> int:
     """Compile, print the facts, and say whether all limits hold."""
+    from torchlathe.kernels.aot.candidates import candidate_cases
     from torchlathe.kernels.aot.finding import use_triton
     from torchlathe.kernels.aot.matrix import CONTROL, OPS, all_cases, check_cases
 
@@ -81,11 +87,16 @@ def run_check(parsed: argparse.Namespace) -> int:
     chosen = [name for name in _ARCHITECTURES if name in (parsed.arch or _ARCHITECTURES)]
     rows = check_cases(list(all_cases(parsed.op or OPS)), chosen)
     control = check_cases(list(all_cases([CONTROL])), ["sm_90"])
+    tried = list(candidate_cases(parsed.op)) if parsed.candidates else []
+    candidates = check_cases(tried, chosen)
     result = {
         "triton": version,
         "rows": [row.as_dict() for row in rows],
         "control": [row.as_dict() for row in control],
     }
+    if parsed.candidates:
+        result["candidates"] = [row.as_dict() for row in candidates]
+        rows = [*rows, *candidates]
     if parsed.output:
         from torchlathe.ir.files import write_text
 

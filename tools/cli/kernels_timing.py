@@ -95,6 +95,7 @@ def run_tune(parsed: argparse.Namespace) -> int:
     import torch
 
     from torchlathe.kernels.tuning.table import TileTable
+    from torchlathe.tools.kernels.benching import SHAPES
     from torchlathe.tools.kernels.timing import GraphClock, require_gpu
     from torchlathe.tools.kernels.tuning import tune
 
@@ -109,7 +110,7 @@ def run_tune(parsed: argparse.Namespace) -> int:
         table,
         processors=properties.multi_processor_count,
         ops=ops,
-        **({"shapes": shapes} if shapes else {}),
+        shapes=shapes or SHAPES,
         deadline=None if parsed.seconds is None else time.monotonic() + parsed.seconds,
         progress=lambda problem, tile, seconds: print(
             f"{problem.key}: {tile or 'the library'}, {seconds * 1e6:.1f} us", file=sys.stderr

@@ -1,0 +1,46 @@
+"""The page of quantised models: what it says of peers is what the rows say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torchlathe.tools.bench import bench_quantize, quantize_page
+
+
+def _row(name: str, divergence: float, **more: Any) -> dict[str, Any]:
+    return {
+        "contestant": name,
+        "bits": 4.5,
+        "perplexity": 3.9,
+        "divergence": divergence,
+        **more,
+    }
+
+
+def test_the_page_says_where_a_peer_is_ahead() -> None:
+    rows = [
+        _row("w4a16, gptq", 0.002, swept=29, better_than_nearest=29),
+        _row("w8a8", 0.004),
+        _row("llm-compressor w4a16, gptq", 0.004, version="1"),
+        _row("llm-compressor w8a8", 0.002, version="1"),
+    ]
+    result = {"characters": rows, "cpu": "C", "instructions": "I", "torch": "2"}
+    text = quantize_page.measured(result)
+    assert "| w4a16, gptq | llm-compressor w4a16, gptq | 2.00 | 4.00 | 0.50 |" in text
+    assert "loses more (a ratio above 1.02) at: w8a8." in text
+    assert "| w4a16, gptq | 4.50 | 3.900 | 2.00 | 29 of 29 |" in text
+
+
+def test_rows_are_replaced_and_those_of_absent_peers_kept() -> None:
+    rows = [_row("a", 1.0), _row("torchao b", 2.0)]
+    bench_quantize._put(rows, _row("a", 3.0))
+    assert [row["divergence"] for row in rows] == [3.0, 2.0]
+    assert bench_quantize._whole(rows[0])
+    assert not bench_quantize._whole({"contestant": "x", "perplexity": 4.0})
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    result = json.loads(bench_quantize.RESULTS.read_text(encoding="utf-8"))
+    page = quantize_page.PAGE.read_text(encoding="utf-8")
+    assert page.endswith(quantize_page.measured(result))
