@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from torchlathe.ir.errors import UnsupportedError
 
-__all__ = ["differentiate", "register"]
+__all__ = ["differentiate", "no_backward", "register", "with_defaults"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -56,6 +56,7 @@ def differentiate(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor] | None
     factors = {name: names.index(name) for name in ("down", "up") if name in names}
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        inputs = with_defaults(op, inputs)
         tensors = [value if isinstance(value, Tensor) else None for value in inputs]
         if not any(ctx.needs_input_grad[place] for place in factors.values()):
             # What is saved must not hold x where the backward does not need it.
@@ -70,11 +71,8 @@ def differentiate(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor] | None
             for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
         )
         if inputs[places["activation"]] != "none":
-            raise UnsupportedError(
-                f"no backward through the fused activation {inputs[places['activation']]!r}",
-                hint="train with activation='none' and the activation as an op of its own",
-            )
-        found: list[Tensor | None] = [None] * len(inputs)
+            raise no_backward(inputs[places["activation"]])
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         needed = ctx.needs_input_grad
         if needed[places["x"]] and weight_of is not None:
             found[places["x"]] = grad @ weight_of(inputs)[:, : ctx.width].to(grad.dtype)
@@ -87,6 +85,20 @@ def differentiate(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor] | None
         return tuple(found)
 
     op.register_autograd(backward, setup_context=setup)
+
+
+def with_defaults(op: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All inputs of an op: the dispatcher leaves out those at the end that are as by default."""
+    arguments = op._opoverload._schema.arguments
+    return (*inputs, *(argument.default_value for argument in arguments[len(inputs) :]))
+
+
+def no_backward(activation: str) -> UnsupportedError:
+    """What a backward through a fused activation raises."""
+    return UnsupportedError(
+        f"no backward through the fused activation {activation!r}",
+        hint="train with activation='none' and the activation as an op of its own",
+    )
 
 
 def _low_rank_backward(

@@ -6,6 +6,7 @@ Source: the block compressed sparse row format (BSR) of torch and SciPy; the ker
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlathe.ir.errors import OptionError
-from torchlathe.kernels.blocks.launching import add_parts, room_for
+from torchlathe.kernels.blocks.launching import add_parts, on_rows, room_for
 from torchlathe.kernels.epilogue import activation_code, finished, rows_for
 from torchlathe.kernels.packing import padded, widened
-from torchlathe.kernels.registering import register
+from torchlathe.kernels.registering import no_backward, register
 from torchlathe.kernels.tuning.table import processors_of
 from torchlathe.kernels.tuning.tiles import Tile
 
@@ -130,17 +131,9 @@ def block_sparse_linear(
         values.shape[1],
         processors_of(x.device),
     )
-    out = launch(
-        flat,
-        BlockSparse(values, columns, offsets),
-        tile,
-        out_features=out_features,
-        bias=bias,
-        residual=None if residual is None else residual.reshape(-1, out_features),
-        activation=activation,
-        wrap=torch.library.wrap_triton,
-    )
-    return out.view(*x.shape[:-1], out_features)
+    weight = BlockSparse(values, columns, offsets)
+    run = partial(launch, weight=weight, tile=tile, bias=bias, activation=activation)
+    return on_rows(run, x, residual, out_features)
 
 
 def _taken(x: Tensor, columns: Tensor, size: int) -> Tensor:
@@ -164,13 +157,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    from torchlathe.ir.errors import UnsupportedError
-
     if ctx.activation != "none":
-        raise UnsupportedError(
-            f"no backward through the fused activation {ctx.activation!r}",
-            hint="train with activation='none' and the activation as an op of its own",
-        )
+        raise no_backward(ctx.activation)
     x, values, columns, offsets = ctx.saved_tensors
     size = values.shape[1]
     needed = ctx.needs_input_grad

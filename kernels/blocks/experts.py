@@ -7,8 +7,9 @@ Source: grouped products over sorted tokens are MegaBlocks' (arXiv 2211.15841).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,20 @@ from torch.nn import functional as F
 
 from torchlathe.kernels.blocks.launching import Packed, Routing, launch
 from torchlathe.kernels.epilogue import finished, rows_for
+from torchlathe.kernels.registering import no_backward, with_defaults
 from torchlathe.kernels.tuning.tiles import Tile
 
-__all__ = ["experts_linear", "reference_of_experts", "route", "token_blocks"]
+__all__ = [
+    "differentiate_experts",
+    "experts_linear",
+    "launch_experts",
+    "reference_of_experts",
+    "route",
+    "stacked",
+    "token_blocks",
+]
+
+_Packs = TypeVar("_Packs", bound=tuple[Any, ...])
 
 # Slots of an expert, on average, above which dequantised products win.
 _MOST = 64
@@ -121,6 +133,98 @@ def _tile(tokens: int, dtype: torch.dtype) -> Tile:
         if tokens <= BM:
             return Tile(BM, BN)
     return Tile(32, 128)
+
+
+def stacked(packs: Sequence[_Packs]) -> _Packs:
+    """The packed weights of each expert as one, experts first.
+
+    Args:
+        packs: Tuples of tensors, one for each expert, alike in what is None.
+    """
+    first = packs[0]
+    make: Any = type(first)
+    parts = zip(*packs, strict=True)
+    whole: _Packs = make(*(None if part[0] is None else torch.stack(part) for part in parts))
+    return whole
+
+
+def launch_experts(
+    x: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    packed: Packed,
+    tile: Tile,
+    *,
+    weights: Tensor | None = None,
+    places: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Run the kernel with a tile, as tests do; `experts_linear` says what the arguments are.
+
+    Returns:
+        (slots, out).
+    """
+    slots = x.shape[0] if order is None else order.shape[0]
+    routing = route(offsets, tile.BM, slots, packed.weight.shape[0], order, places, weights)
+    return launch(x, packed, tile, routing=routing, **{"dtype": x.dtype} | options)
+
+
+def differentiate_experts(op: Any, weight_of: Callable[[tuple[Any, ...]], Tensor]) -> None:
+    """Give an op for experts a backward for its activations and for the router's weights.
+
+    The weights of the experts are quantised, and get none.
+
+    Args:
+        op: An op with arguments ``x``, ``order``, ``offsets``, ``weights``, ``activation`` and
+            ``places``.
+        weight_of: Gives the weights, (experts, rows, columns), from the op's arguments; rows and
+            columns may be padded.
+    """
+    names = [argument.name for argument in op._opoverload._schema.arguments]
+    wanted = ("x", "order", "offsets", "weights", "activation", "places")
+    places = {name: names.index(name) for name in wanted}
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        inputs = with_defaults(op, inputs)
+        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = tuple(
+            other if tensor is None else tensor
+            for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+        )
+        given = {name: inputs[place] for name, place in places.items()}
+        if given["activation"] != "none":
+            raise no_backward(str(given["activation"]))
+        weight = weight_of(inputs).to(grad.dtype)
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        needed = {name: ctx.needs_input_grad[places[name]] for name in ("x", "weights")}
+        of_x, of_weights = _gradients(grad, weight, needed, given)
+        found[places["x"]], found[places["weights"]] = of_x, of_weights
+        return tuple(found)
+
+    op.register_autograd(backward, setup_context=setup)
+
+
+def _gradients(
+    grad: Tensor, weight: Tensor, needed: Mapping[str, bool], given: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x, (tokens, in), and of the router's weights, (slots,)."""
+    x, order, offsets = given["x"], given["order"], given["offsets"]
+    if given["places"] is not None:
+        grad = grad.index_select(0, given["places"])
+    of_x = of_weights = None
+    taken = x if order is None else x.index_select(0, order)
+    weight = weight[:, : grad.shape[1], : x.shape[1]]
+    if needed["weights"] and given["weights"] is not None:
+        product = _product_by_blocks(taken.to(grad.dtype), weight, offsets)
+        of_weights = (grad * product).sum(1).to(given["weights"].dtype)
+    if needed["x"]:
+        scaled = grad if given["weights"] is None else grad * given["weights"][:, None]
+        slots = _product_by_blocks(scaled.to(grad.dtype), weight.mT, offsets)
+        of_x = slots if order is None else torch.zeros_like(x).index_add(0, order, slots)
+    return of_x, of_weights
 
 
 def route(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,17 @@ from torchlathe.kernels.packing import ROWS, padded, widened
 from torchlathe.kernels.tuning.table import tile_for
 from torchlathe.kernels.tuning.tiles import Problem, Tile
 
-__all__ = ["KINDS", "Packed", "Routing", "add_parts", "launch", "linear", "pad_rank", "room_for"]
+__all__ = [
+    "KINDS",
+    "Packed",
+    "Routing",
+    "add_parts",
+    "launch",
+    "linear",
+    "on_rows",
+    "pad_rank",
+    "room_for",
+]
 
 # Formats of weights, in the order of the kernel's codes.
 KINDS = ("w4a16", "w8a16", "w8a8", "w4a8")
@@ -115,17 +126,37 @@ def linear(
         if low_rank is not None:
             product = product + F.linear(low_rank[0], low_rank[1][:rows]).to(torch.float32)
         return finished(product, bias, residual, activation, out_features).to(dtype)
-    out = launch(
-        flat,
-        packed,
-        tile,
-        out_features=out_features,
+    run = partial(
+        launch,
+        packed=packed,
+        tile=tile,
         dtype=dtype,
         x_scales=None if x_scales is None else x_scales.reshape(-1),
         bias=bias,
-        residual=None if residual is None else residual.reshape(-1, out_features),
         activation=activation,
         low_rank=None if low_rank is None or narrow is None else (narrow, low_rank[1]),
+    )
+    return on_rows(run, x, residual, out_features)
+
+
+def on_rows(
+    run: Callable[..., Tensor], x: Tensor, residual: Tensor | None, out_features: int
+) -> Tensor:
+    """Run a kernel that takes (tokens, in) on (..., in), so that tracing sees it.
+
+    Args:
+        run: Takes x, ``out_features``, ``residual`` and ``wrap``, and gives (tokens, out).
+        x: (..., in).
+        residual: (..., out).
+        out_features: Features of the result.
+
+    Returns:
+        (..., out).
+    """
+    out = run(
+        x.reshape(-1, x.shape[-1]),
+        out_features=out_features,
+        residual=None if residual is None else residual.reshape(-1, out_features),
         wrap=torch.library.wrap_triton,
     )
     return out.view(*x.shape[:-1], out_features)

@@ -23,6 +23,7 @@ from torchlathe.kernels.dequantize.formats import (
     format_of,
     unpack,
 )
+from torchlathe.kernels.norm_quantise.op import MOST_COLUMNS, quantise_rows
 from torchlathe.kernels.registering import register
 
 __all__ = [
@@ -193,6 +194,8 @@ def quantize_tokens(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     form = format_of(format)
     if form.bits != 8:
         raise OptionError(f"activations have 8 bits, {format} has {form.bits}")
-    numbers, scales = rounded_tokens(x, (-1,), form)
     kind = torch.int8 if form.integer else torch.float8_e4m3fn
+    if x.device.type != "cpu" and x.shape[-1] <= MOST_COLUMNS:
+        return quantise_rows(x, kind)
+    numbers, scales = rounded_tokens(x, (-1,), form)
     return numbers.to(kind), scales.squeeze(-1).to(torch.float32)

@@ -8,6 +8,7 @@ them up as it reads them, and finishes. Source: own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlathe.ir.errors import OptionError
+from torchlathe.kernels.blocks.launching import on_rows
 from torchlathe.kernels.epilogue import activation_code, finished, rows_for
 from torchlathe.kernels.packing import ROWS, SPAN, padded, widened
 from torchlathe.kernels.registering import differentiate, register
@@ -102,17 +104,9 @@ def low_rank_linear(
             return product
         product = product.to(torch.float32)
         return finished(product, bias, residual, activation, out_features).to(x.dtype)
-    out = launch(
-        flat,
-        Factors(down, up),
-        default_tile(flat.shape[0], down.shape[0], down.shape[1], processors_of(x.device)),
-        out_features=out_features,
-        bias=bias,
-        residual=None if residual is None else residual.reshape(-1, out_features),
-        activation=activation,
-        wrap=torch.library.wrap_triton,
-    )
-    return out.view(*x.shape[:-1], out_features)
+    tile = default_tile(flat.shape[0], down.shape[0], down.shape[1], processors_of(x.device))
+    run = partial(launch, factors=Factors(down, up), tile=tile, bias=bias, activation=activation)
+    return on_rows(run, x, residual, out_features)
 
 
 differentiate(low_rank_linear)

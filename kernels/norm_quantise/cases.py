@@ -20,6 +20,7 @@ def _case(
     width: int,
     *,
     kind: str = "i8",
+    norm: bool = True,
     mean: bool = False,
     residual: bool = True,
     each: int = 1,
@@ -27,17 +28,20 @@ def _case(
 ) -> Case:
     names = ("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "summed_ptr")
     pointers = dict.fromkeys(names, "*bf16") | {"out_ptr": f"*{kind}", "scales_ptr": "*fp32"}
-    warps = warps_for(width)
+    block = 1 << (width - 1).bit_length()
+    warps = warps_for(block)
     constants = {
-        "BLOCK": width,
+        "BLOCK": block,
         "EACH": each,
-        "WHOLE": True,
+        "WHOLE": block == width,
+        "NORM": norm,
         "MEAN": mean,
         "HAS_RESIDUAL": residual,
         "HAS_BIAS": mean,
         "INTEGER": kind == "i8",
     }
-    name = f"{'layer' if mean else 'rms'} {'int8' if kind == 'i8' else 'fp8'} width{width}"
+    kind_of_norm = "layer" if mean else "rms" if norm else "as they are"
+    name = f"{kind_of_norm} {'int8' if kind == 'i8' else 'fp8'} width{width}"
     return Case(
         op="norm_quantise",
         config=name + " residual" * residual + f" warps{warps}" + f" rows{each}" * (each > 1),
@@ -70,3 +74,7 @@ def cases() -> Iterator[Case]:
     yield _case(4096, mean=True, limit=24.0)
     yield _case(8192, limit=18.0)
     yield _case(4096, kind="fp8e4nv", limit=20.0)
+    # Without a norm.
+    yield _case(4096, norm=False, residual=False, limit=14.0)
+    yield _case(14336, norm=False, residual=False, limit=24.0)
+    yield _case(4096, norm=False, residual=False, kind="fp8e4nv", limit=20.0)

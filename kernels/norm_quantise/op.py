@@ -15,7 +15,17 @@ from torch import Tensor
 from torchlathe.ir.errors import OptionError
 from torchlathe.kernels.registering import register
 
-__all__ = ["add_norm_quantise", "launch", "norm_quantise", "reference"]
+__all__ = [
+    "MOST_COLUMNS",
+    "add_norm_quantise",
+    "launch",
+    "norm_quantise",
+    "quantise_rows",
+    "reference",
+]
+
+# A row lies in the registers of one block: more columns spill.
+MOST_COLUMNS = 32768
 
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _LEAST = 2.0**-100  # keeps a row of zeros from dividing by zero
@@ -97,10 +107,18 @@ def add_norm_quantise(
     )
 
 
+def quantise_rows(
+    x: Tensor, dtype: torch.dtype, wrap: Callable[[Any], Any] = torch.library.wrap_triton
+) -> tuple[Tensor, Tensor]:
+    """Numbers and scales of rows as they are, by the same kernel: see `launch`."""
+    numbers, scales, _ = launch(x, None, None, None, 0.0, mean=False, dtype=dtype, wrap=wrap)
+    return numbers, scales
+
+
 def launch(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     *,
@@ -114,7 +132,7 @@ def launch(
     Args:
         x: (..., width).
         residual: (..., width), added first.
-        weight: (width,).
+        weight: (width,); None to quantise rows as they are.
         bias: (width,).
         eps: What is added to the mean square.
         mean: Whether to subtract the mean.
@@ -140,8 +158,8 @@ def launch(
     wrap(kernel)[(-(-rows // each),)](
         x,
         x if residual is None else residual.contiguous(),
-        weight,
-        weight if bias is None else bias,
+        x if weight is None else weight,
+        x if bias is None else bias,
         numbers,
         scales,
         summed,
@@ -151,6 +169,7 @@ def launch(
         BLOCK=block,
         EACH=each,
         WHOLE=block == width,
+        NORM=weight is not None,
         MEAN=mean,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,

@@ -26,6 +26,7 @@ def norm_quantise(
     BLOCK: tl.constexpr,
     EACH: tl.constexpr,
     WHOLE: tl.constexpr,
+    NORM: tl.constexpr,
     MEAN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -34,12 +35,13 @@ def norm_quantise(
     """Quantise norm(x + residual) * weight + bias, EACH rows per program.
 
     Shapes: x, residual and summed (rows, width); out (rows, width) int8 or fp8; scales (rows,)
-    fp32. MEAN subtracts the mean, as LayerNorm does; without it this is RMSNorm. WHOLE says that
-    width is BLOCK.
+    fp32. MEAN subtracts the mean, as LayerNorm does; without it this is RMSNorm, and without NORM
+    rows are quantised as they are. WHOLE says that width is BLOCK.
     """
     LARGEST: tl.constexpr = 127.0 if INTEGER else 448.0
     columns = tl.arange(0, BLOCK)
-    weight = _row(weight_ptr, columns, width, WHOLE)
+    if NORM:
+        weight = _row(weight_ptr, columns, width, WHOLE)
     if HAS_BIAS:
         bias = _row(bias_ptr, columns, width, WHOLE)
     for i in tl.static_range(EACH):
@@ -57,8 +59,10 @@ def norm_quantise(
             x -= tl.sum(x, 0) / width
             if not WHOLE:
                 x = tl.where(columns < width, x, 0.0)
-        inverse = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
-        x *= weight
+        inverse = 1.0
+        if NORM:
+            inverse = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+            x *= weight
         if HAS_BIAS:
             # Without a bias the norm's factor is in the scale alone.
             x = x * inverse + bias

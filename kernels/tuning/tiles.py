@@ -115,12 +115,17 @@ def candidates(problem: Problem, processors: int) -> Iterator[Tile]:
         return
     seen: set[Tile] = set()
     shapes = [(first.BM, first.BN, first.warps)]
+    # Weights that are unpacked want many tokens for each: what the bars of ahead-of-time facts
+    # forbid (`torchlathe kernels check --candidates`) is not timed.
+    unpacks = problem.op not in ("w8a8", "fp8")
     if first.BM <= 8:
         shapes += [(problem.bucket, 128, 4), (16, 128, 4)]
+    elif first.BM == 16 and unpacks:
+        shapes += [(32, 128, 4)]
     elif first.BM <= 32:
         shapes += [(first.BM, 64, 4), (first.BM, 128, 8)]
     else:
-        shapes += [(32, 128, 4), (64, 64, 4)]
+        shapes += [(32, 128, 4)] if unpacks else [(32, 128, 4), (64, 64, 4)]
     for BM, BN, warps in shapes:
         split = _split(problem, BN, processors)
         for tile in (

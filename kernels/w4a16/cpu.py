@@ -17,7 +17,15 @@ from torchlathe.ir.errors import OptionError, UnsupportedError
 from torchlathe.kernels.epilogue import finished
 from torchlathe.kernels.registering import register
 
-__all__ = ["W4OnCpu", "capability", "linear_on_cpu", "pack_for_cpu", "supports", "w4a16_cpu_linear"]
+__all__ = [
+    "W4OnCpu",
+    "capability",
+    "group_for",
+    "linear_on_cpu",
+    "pack_for_cpu",
+    "supports",
+    "w4a16_cpu_linear",
+]
 
 _ROWS = 16  # the kernel takes rows in sixteens
 _GROUPS = (32, 64, 128)
@@ -35,8 +43,14 @@ class W4OnCpu(NamedTuple):
     scales_and_zeros: Tensor
 
 
+def group_for(columns: int, group: int) -> int:
+    """The group that torch's kernel takes a layer with: a whole row is cut in equal groups."""
+    return group or next((each for each in reversed(_GROUPS) if columns % each == 0), 0)
+
+
 def supports(columns: int, group: int) -> str | None:
     """Why torch's kernel cannot take a layer, or None."""
+    group = group_for(columns, group)
     if group not in _GROUPS:
         return f"groups of {group or columns}: torch's kernel takes 32, 64 and 128"
     if columns % group:
@@ -47,12 +61,17 @@ def supports(columns: int, group: int) -> str | None:
 def pack_for_cpu(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> W4OnCpu:
     """Pack a quantised weight; the arguments are those of `torchlathe.kernels.w4a16.op.pack`.
 
+    Groups become those that `group_for` says.
+
     Raises:
         OptionError: Torch's kernel cannot take the layer.
     """
     out, columns = values.shape
     if reason := supports(columns, group):
         raise OptionError(f"no packing for a CPU: {reason}", hint="use w4a16_linear")
+    repeats = 1 if group else columns // group_for(columns, group)
+    scales = scales.repeat_interleave(repeats, 0)
+    zeros = None if zeros is None else zeros.repeat_interleave(repeats, 0)
     rows = -(-out // _ROWS) * _ROWS
     values = F.pad(values, (0, 0, 0, rows - out)).to(torch.int32)
     # The kernel computes (value - 8) * scale + zero.

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlathe.kernels.blocks import launching
 from torchlathe.kernels.blocks.experts import (
+    differentiate_experts,
     experts_linear,
+    launch_experts,
     reference_of_experts,
-    route,
+    stacked,
     token_blocks,
 )
 from torchlathe.kernels.registering import register
@@ -33,16 +34,8 @@ def pack_experts(values: Tensor, scales: Tensor, zeros: Tensor | None, group: in
         zeros: (experts, groups, out) uint8, or None.
         group: Weights that share a scale.
     """
-    count = values.shape[0]
-    packs = [
-        pack(values[e], scales[e], None if zeros is None else zeros[e], group) for e in range(count)
-    ]
-    points = [p.zeros for p in packs if p.zeros is not None]
-    return W4(
-        torch.stack([p.words for p in packs]),
-        torch.stack([p.scales for p in packs]),
-        torch.stack(points) if points else None,
-    )
+    points = [None] * values.shape[0] if zeros is None else list(zeros)
+    return stacked([pack(*one, group) for one in zip(values, scales, points, strict=True)])
 
 
 def reference(
@@ -94,18 +87,11 @@ def w4a16_experts_linear(
     of slots; words, scales and zeros as `pack_experts` gives them; weights (slots,) fp32; places
     (slots,) integers, a permutation: the row of the result that each slot goes to.
     """
-
-    def unpacked(dtype: torch.dtype) -> Tensor:
-        count = range(words.shape[0])
-        points = [None if zeros is None else zeros[e] for e in count]
-        each = [dequantised(words[e], scales[e], points[e], group) for e in count]
-        return torch.stack(each).to(dtype)
-
     return experts_linear(
         x,
         offsets,
         packed_for_kernel(W4(words, scales, zeros), group),
-        unpacked,
+        lambda dtype: _unpacked(words, scales, zeros, group).to(dtype),
         out_features=out_features,
         dtype=x.dtype,
         order=order,
@@ -113,6 +99,17 @@ def w4a16_experts_linear(
         weights=weights,
         activation=activation,
     )
+
+
+def _unpacked(words: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+    """The padded weights of all experts in fp32, (experts, rows, columns)."""
+    points = [None] * words.shape[0] if zeros is None else list(zeros.unbind(0))
+    parts = zip(words.unbind(0), scales.unbind(0), points, strict=True)
+    return torch.stack([dequantised(*part, group) for part in parts])
+
+
+# Of the inputs: words, scales, zeros, and the group.
+differentiate_experts(w4a16_experts_linear, lambda i: _unpacked(i[3], i[4], i[5], i[8]))
 
 
 def launch(
@@ -123,16 +120,11 @@ def launch(
     tile: Tile,
     *,
     group: int,
-    weights: Tensor | None = None,
-    places: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Run the kernel; the options are those of `torchlathe.kernels.blocks.launching.launch`.
+    """Run the kernel; the options are those of `torchlathe.kernels.blocks.experts.launch_experts`.
 
     Returns:
         (slots, out).
     """
-    slots = x.shape[0] if order is None else order.shape[0]
-    routing = route(offsets, tile.BM, slots, weight.words.shape[0], order, places, weights)
-    packed = packed_for_kernel(weight, group)
-    return launching.launch(x, packed, tile, routing=routing, **{"dtype": x.dtype} | options)
+    return launch_experts(x, order, offsets, packed_for_kernel(weight, group), tile, **options)

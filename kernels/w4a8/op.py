@@ -171,13 +171,12 @@ def w4a8_linear(
     Shapes: x (..., in) int8, or fp8 for weights packed for that; x_scales (...,) fp32; bias (out,);
     residual and the result (..., out); zeros (groups, rows) of `W4Centred`, for int8.
     """
-    return linear(
+    return _product(
         x,
-        packed_for_kernel(packed, scales, zeros),
-        _library(x_scales, packed, scales, zeros),
+        x_scales,
+        (packed, scales, zeros),
         out_features=out_features,
         dtype=dtype,
-        x_scales=x_scales,
         bias=bias,
         residual=residual,
         activation=activation,
@@ -204,18 +203,25 @@ def w4a8_low_rank_linear(
     Shapes: as `w4a8_linear`; narrow (..., rank) and up (out padded to 128, rank) as
     `torchlathe.kernels.w8a8.op.w8a8_low_rank_linear` takes them.
     """
-    return linear(
+    return _product(
         x,
-        packed_for_kernel(packed, scales, zeros),
-        _library(x_scales, packed, scales, zeros),
+        x_scales,
+        (packed, scales, zeros),
         out_features=out_features,
         dtype=dtype,
-        x_scales=x_scales,
         bias=bias,
         residual=residual,
         activation=activation,
         low_rank=(narrow, up),
     )
+
+
+def _product(
+    x: Tensor, x_scales: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], **ends: Any
+) -> Tensor:
+    """What both ops compute; the ends are as `torchlathe.kernels.blocks.launching.linear`'s."""
+    library = _library(x_scales, *weight)
+    return linear(x, packed_for_kernel(*weight), library, x_scales=x_scales, **ends)
 
 
 def packed_for_kernel(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Packed:

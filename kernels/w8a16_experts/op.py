@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlathe.kernels.blocks import launching
-from torchlathe.kernels.blocks.experts import experts_linear, reference_of_experts, route
+from torchlathe.kernels.blocks.experts import (
+    differentiate_experts,
+    experts_linear,
+    launch_experts,
+    reference_of_experts,
+    stacked,
+)
 from torchlathe.kernels.registering import register
 from torchlathe.kernels.tuning.tiles import Tile
 from torchlathe.kernels.w8a16.op import W8, dequantised, pack, packed_for_kernel
@@ -27,8 +32,7 @@ def pack_experts(values: Tensor, scales: Tensor, group: int = 0) -> W8:
         scales: (experts, groups, out).
         group: Weights that share a scale: 128, or 0 for a whole row.
     """
-    packs = [pack(one, of, group) for one, of in zip(values, scales, strict=True)]
-    return W8(torch.stack([p.words for p in packs]), torch.stack([p.scales for p in packs]))
+    return stacked([pack(one, of, group) for one, of in zip(values, scales, strict=True)])
 
 
 def reference(
@@ -74,16 +78,11 @@ def w8a16_experts_linear(
     Shapes: words and scales as `pack_experts` gives them; the others as those of
     `torchlathe.kernels.w4a16_experts.op.w4a16_experts_linear`.
     """
-
-    def unpacked(dtype: torch.dtype) -> Tensor:
-        each = [dequantised(words[e], scales[e]) for e in range(words.shape[0])]
-        return torch.stack(each).to(dtype)
-
     return experts_linear(
         x,
         offsets,
         packed_for_kernel(W8(words, scales)),
-        unpacked,
+        lambda dtype: _unpacked(words, scales).to(dtype),
         out_features=out_features,
         dtype=x.dtype,
         order=order,
@@ -93,23 +92,22 @@ def w8a16_experts_linear(
     )
 
 
+def _unpacked(words: Tensor, scales: Tensor) -> Tensor:
+    """The padded weights of all experts in fp32, (experts, rows, columns)."""
+    parts = zip(words.unbind(0), scales.unbind(0), strict=True)
+    return torch.stack([dequantised(*part) for part in parts])
+
+
+# Of the inputs: words and scales.
+differentiate_experts(w8a16_experts_linear, lambda inputs: _unpacked(inputs[3], inputs[4]))
+
+
 def launch(
-    x: Tensor,
-    order: Tensor | None,
-    offsets: Tensor,
-    weight: W8,
-    tile: Tile,
-    *,
-    weights: Tensor | None = None,
-    places: Tensor | None = None,
-    **options: Any,
+    x: Tensor, order: Tensor | None, offsets: Tensor, weight: W8, tile: Tile, **options: Any
 ) -> Tensor:
-    """Run the kernel; the options are those of `torchlathe.kernels.blocks.launching.launch`.
+    """Run the kernel; the options are those of `torchlathe.kernels.blocks.experts.launch_experts`.
 
     Returns:
         (slots, out).
     """
-    slots = x.shape[0] if order is None else order.shape[0]
-    routing = route(offsets, tile.BM, slots, weight.words.shape[0], order, places, weights)
-    packed = packed_for_kernel(weight)
-    return launching.launch(x, packed, tile, routing=routing, **{"dtype": x.dtype} | options)
+    return launch_experts(x, order, offsets, packed_for_kernel(weight), tile, **options)

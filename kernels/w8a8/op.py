@@ -28,6 +28,7 @@ __all__ = [
     "library_product",
     "pack",
     "packed_for_kernel",
+    "product_of",
     "reference",
     "w8a8_linear",
     "w8a8_low_rank_linear",
@@ -115,13 +116,12 @@ def w8a8_linear(
     Shapes: x (..., in) in the type of the weights; x_scales (...,) fp32; bias (out,); residual and
     the result (..., out).
     """
-    return linear(
+    return product_of(
         x,
-        packed_for_kernel(W8Rows(weight, scales)),
-        _library(x_scales, weight, scales),
+        x_scales,
+        W8Rows(weight, scales),
         out_features=out_features,
         dtype=dtype,
-        x_scales=x_scales,
         bias=bias,
         residual=residual,
         activation=activation,
@@ -149,18 +149,33 @@ def w8a8_low_rank_linear(
     (out padded to 128, rank), as `torchlathe.kernels.blocks.launching.pad_rank` gives it.
     Source: the branch in 16 bits beside quantised activations is SVDQuant's (arXiv 2411.05007).
     """
-    return linear(
+    return product_of(
         x,
-        packed_for_kernel(W8Rows(weight, scales)),
-        _library(x_scales, weight, scales),
+        x_scales,
+        W8Rows(weight, scales),
         out_features=out_features,
         dtype=dtype,
-        x_scales=x_scales,
         bias=bias,
         residual=residual,
         activation=activation,
         low_rank=(narrow, up),
     )
+
+
+def product_of(x: Tensor, x_scales: Tensor, weight: W8Rows, **ends: Any) -> Tensor:
+    """What all ops on such weights compute.
+
+    Args:
+        x: (..., in) in the type of the weights.
+        x_scales: (...,) fp32.
+        weight: The weights.
+        **ends: As `torchlathe.kernels.blocks.launching.linear` takes them.
+
+    Returns:
+        (..., out).
+    """
+    library = _library(x_scales, weight.weight, weight.scales)
+    return linear(x, packed_for_kernel(weight), library, x_scales=x_scales, **ends)
 
 
 def packed_for_kernel(weight: W8Rows) -> Packed:

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlathe.kernels.blocks import launching
-from torchlathe.kernels.blocks.experts import experts_linear, reference_of_experts, route
+from torchlathe.kernels.blocks.experts import (
+    experts_linear,
+    launch_experts,
+    reference_of_experts,
+    stacked,
+)
 from torchlathe.kernels.registering import register
 from torchlathe.kernels.tuning.tiles import Tile
 from torchlathe.kernels.w8a8.op import W8Rows, pack, packed_for_kernel
@@ -26,8 +30,7 @@ def pack_experts(values: Tensor, scales: Tensor) -> W8Rows:
         values: (experts, out, in) int8 or float8_e4m3fn.
         scales: (experts, out).
     """
-    packs = [pack(one, of) for one, of in zip(values, scales, strict=True)]
-    return W8Rows(torch.stack([p.weight for p in packs]), torch.stack([p.scales for p in packs]))
+    return stacked([pack(one, of) for one, of in zip(values, scales, strict=True)])
 
 
 def reference(
@@ -101,20 +104,12 @@ def launch(
     offsets: Tensor,
     weight: W8Rows,
     tile: Tile,
-    *,
-    dtype: torch.dtype,
-    weights: Tensor | None = None,
-    places: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Run the kernel; the options are those of `torchlathe.kernels.blocks.launching.launch`.
+    """Run the kernel; the options are those of `torchlathe.kernels.blocks.experts.launch_experts`.
 
     Returns:
         (slots, out).
     """
-    slots = x.shape[0] if order is None else order.shape[0]
-    routing = route(offsets, tile.BM, slots, weight.weight.shape[0], order, places, weights)
     packed = packed_for_kernel(weight)
-    return launching.launch(
-        x, packed, tile, dtype=dtype, x_scales=x_scales, routing=routing, **options
-    )
+    return launch_experts(x, order, offsets, packed, tile, x_scales=x_scales, **options)

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from tests.kernels.making import blocks, relative, w4, w4_centred, w4_signed, w8, w8_rows
+from torchlathe.kernels.convolution import op as convolution
+from torchlathe.kernels.embedding import op as embedding  # noqa: F401
 from torchlathe.kernels.low_rank import op as low_rank
 from torchlathe.kernels.norm_quantise import op as norm  # noqa: F401
+from torchlathe.kernels.semi_structured import op as semi_structured  # noqa: F401
+from torchlathe.kernels.w4a16 import cpu
 from torchlathe.kernels.w4a16 import op as w4a16
 from torchlathe.kernels.w8a8_experts import op as w8a8_experts
 from torchlathe.kernels.w8a16_experts import op as w8a16_experts
@@ -17,12 +21,22 @@ from torchlathe.kernels.w8a16_experts import op as w8a16_experts
 BRAIN = torch.bfloat16
 
 
-class Model(torch.nn.Module):
+class Chain(torch.nn.Module):
+    """Keeps packed weights as buffers."""
+
+    def _keep(self, name: str, tensors) -> None:
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"{name}_{i}", tensor)
+
+    def _kept(self, name: str, count: int):
+        return [getattr(self, f"{name}_{i}") for i in range(count)]
+
+
+class Model(Chain):
     """A chain of the plain ops."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: list[str] = []
         self._keep("four", w4(96, 200, 64, True, BRAIN))
         self._keep("eight", w8(200, 96, 0, BRAIN))
         self._keep("rows", w8_rows(96, 200))
@@ -31,13 +45,6 @@ class Model(torch.nn.Module):
         self._keep("factors", w4a16.pad_rank(down, up))
         self._keep("last", w4(200, 96, 128, False, BRAIN)[:2])
         self.weight = torch.nn.Parameter(torch.rand(200))
-
-    def _keep(self, name: str, tensors) -> None:
-        for i, tensor in enumerate(tensors):
-            self.register_buffer(f"{name}_{i}", tensor)
-
-    def _kept(self, name: str, count: int):
-        return [getattr(self, f"{name}_{i}") for i in range(count)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.torchlathe
@@ -53,7 +60,7 @@ class Model(torch.nn.Module):
         return ops.w4a16_low_rank_linear(z, *last, None, *factors, None, y, 200, 128)
 
 
-class Further(torch.nn.Module):
+class Further(Chain):
     """A chain of the ops with gates, low-rank terms, experts and blocks."""
 
     def __init__(self) -> None:
@@ -72,13 +79,6 @@ class Further(torch.nn.Module):
         self._keep("experts", w8a16_experts.pack_experts(values, scales))
         self._keep("rows_of_experts", w8a8_experts.pack_experts(values, scales[:, 0]))
         self.weight = torch.nn.Parameter(torch.rand(200))
-
-    def _keep(self, name: str, tensors) -> None:
-        for i, tensor in enumerate(tensors):
-            self.register_buffer(f"{name}_{i}", tensor)
-
-    def _kept(self, name: str, count: int):
-        return [getattr(self, f"{name}_{i}") for i in range(count)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.torchlathe
@@ -109,7 +109,42 @@ class Further(torch.nn.Module):
         )
 
 
-CHAINS = {"first": Model, "further": Further}
+class Last(Chain):
+    """A convolution, a table, a layer with two zeros in four, and a torch packing for CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.randint(-127, 128, (4, 3, 3, 3), dtype=torch.int8)
+        self._keep("conv", convolution.pack_conv(values, torch.rand(4) * 0.01))
+        table = torch.randint(0, 256, (7, 50), dtype=torch.uint8)
+        self._keep("table", (table, torch.rand(7, 1) * 0.01))
+        zeros = torch.randn(256, 25, 4)
+        zeros[..., 2:] = 0
+        self._keep("fours", (zeros.flatten(1).to(BRAIN),))
+        codes = torch.randint(0, 16, (96, 256), dtype=torch.uint8)
+        scales = (torch.rand(1, 96) * 0.01).to(BRAIN)
+        self._keep("cpu", cpu.pack_for_cpu(codes, scales, None, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.torchlathe
+        images = x[:, :192].unflatten(1, (3, 8, 8))
+        numbers, scales = ops.quantize_tokens(images.flatten(1), "int8")
+        y = ops.w8a8_conv2d(
+            numbers.view_as(images), scales, *self._kept("conv", 2), None, [3, 3], [2, 2], [1, 1],
+            [1, 1], 4, BRAIN, "relu",
+        )  # fmt: skip
+        ids = x.argmax(1) % 7
+        rows = ops.quantised_embedding(
+            ids, *self._kept("table", 2), None, None, 100, 0, "int4", BRAIN
+        )
+        z = ops.semi_structured_linear(rows, *self._kept("fours", 1), None, None, None, 256)
+        z = ops.w4a16_cpu_linear(
+            z, *self._kept("cpu", 2), None, None, 96, 128, cpu.capability(), "silu"
+        )
+        return torch.cat((y.flatten(1), z), 1)
+
+
+CHAINS: dict[str, type[Chain]] = {"first": Model, "further": Further, "last": Last}
 
 
 def exported(chain: str = "first") -> torch.export.ExportedProgram:
@@ -142,6 +177,13 @@ ORDER = {
         "norm_quantise",
         "w8a8_experts_linear",
     ],
+    "last": [
+        "quantize_tokens",
+        "w8a8_conv2d",
+        "quantised_embedding",
+        "semi_structured_linear",
+        "w4a16_cpu_linear",
+    ],
 }
 
 
@@ -165,7 +207,10 @@ TOLERANCE = 0.02
 
 
 @pytest.mark.cxx
-@pytest.mark.parametrize("chain", ["first", pytest.param("further", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "chain",
+    ["first", *(pytest.param(name, marks=pytest.mark.slow) for name in ("further", "last"))],
+)
 def test_inductor(chain: str) -> None:
     model = exported(chain).module()
     x = torch.randn(5, 200).to(BRAIN)

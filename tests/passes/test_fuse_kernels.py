@@ -89,9 +89,10 @@ def test_one_op_stands_for_each_layer(
     logical = PassManager(f"quantize{{scheme={scheme}}}", verify=False).run(program)
     fused = PassManager(f"fuse-kernels{{device={device},choose=rule}}", verify="full").run(logical)
     names = ops_of(fused)
-    assert names.count(op) == 5
+    # On a GPU left and right are one op, which adds the residual too.
+    assert names.count(op) == (4 if device == "cuda" else 5)
     assert "dequantize" not in names
-    assert fused.history[-1].statistics["with_epilogue"] == 2
+    assert fused.history[-1].statistics["with_epilogue"] == (3 if device == "cuda" else 2)
     with torch.no_grad():
         wanted, found = logical.run(x), fused.run(x)
     half = FP8 if scheme == "fp8" else HALF
@@ -156,16 +157,16 @@ def test_weights_packed_for_another_processor_do_not_run(monkeypatch: pytest.Mon
         fused.run(x)
 
 
-def test_convolutions_and_embeddings_stay() -> None:
+def test_convolutions_are_timed_and_tables_stay_packed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(30, 64), nn.Linear(64, 64)).eval()
     ids = torch.randint(0, 30, (4, 6))
     program = capture(model, (ids,))
     fused = PassManager("quantize{embeddings=true},fuse-kernels{choose=rule}").run(program)
-    assert ops_of(fused) == ["dequantize", "quantize_tokens", "w8a8_linear"]
+    assert ops_of(fused) == ["quantised_embedding", "quantize_tokens", "w8a8_linear"]
     conv = capture(nn.Conv2d(16, 32, 3), (torch.randn(1, 16, 8, 8),))
     told = PassManager("quantize,fuse-kernels").run(conv).history[-1].diagnostics
-    assert "has no fused op" in str(told[0]["message"])
+    assert "times as fast as dense at 1 x 16 x 8 x 8" in str(told[0]["message"])
 
 
 def test_compile_fuses_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 from typing import Any
@@ -18,9 +19,11 @@ from torchlathe.kernels.tuning.tiles import BUCKETS
 from torchlathe.kernels.w4a16 import op as w4a16
 from torchlathe.tools.cli import main
 from torchlathe.tools.kernels import gpu_check, page, tuning
+from torchlathe.tools.kernels import parts as checked
 from torchlathe.tools.kernels.benching import Ceilings, Measurement, bench
 from torchlathe.tools.kernels.further import FURTHER
 from torchlathe.tools.kernels.layers import LAYERS, copies_for, make_layer
+from torchlathe.tools.kernels.processes import Job, run_alone, run_together
 from torchlathe.tools.kernels.rivals import gemlite_layer
 from torchlathe.tools.kernels.timing import Samples, require_gpu, time_in_turn
 from torchlathe.tools.kernels.verdict import Bar, bars_for, findings
@@ -112,7 +115,9 @@ def test_a_deadline_ends_it() -> None:
 def test_bars() -> None:
     assert [bar.least for bar in bars_for(measurement())] == [2.4, 0.95]
     assert [bar.least for bar in bars_for(measurement(n=4096, k=4096))] == [1.7, 0.95]
-    assert [bar.other for bar in bars_for(measurement(m=256))] == ["library"]
+    many = [(bar.other, bar.least) for bar in bars_for(measurement(m=256))]
+    assert many == [("fp16", 0.85), ("library", 0.95)]
+    assert [bar.other for bar in bars_for(measurement(op="fp8", m=256))] == ["library"]
     found = findings([measurement(), measurement(ours=2.0), measurement(correct=False)])
     assert [finding.holds for finding in found] == [True, True, False, True, False, False]
     assert str(found[2]) == "w4a16 8192x8192 M=1: 1.50x fp16, the bar is 2.4x: MISSED"
@@ -198,20 +203,108 @@ def test_tuning_keeps_the_fastest_and_drops_what_fails(tmp_path, monkeypatch, ca
     assert TileTable("false", "3.6.0", tmp_path).entries == table.entries
 
 
-def test_the_whole_check_on_a_cpu(tmp_path, capsys) -> None:
+def test_the_whole_check_on_a_cpu(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checked, "_EDGES", [(3, 40, 128)])
+    monkeypatch.setattr(checked, "_FEWER_EDGES", [(3, 40, 128)])
     table = TileTable("false", "3.6.0", tmp_path)
-    options = {"shapes": [(64, 128)], "tokens": [1], "scale": 64, "edges": [(3, 40, 128)]}
-    result = gpu_check.check(CPU, FalseClock(), table, 132, seconds=120.0, **options)
-    assert all(row["correct"] for row in result["correctness"])
-    assert result["tuned"] == len(BUCKETS) * len(LAYERS)
+    setting = checked.Setting(CPU, FalseClock(), table, 132, [(64, 128)], [1], 64, 2)
+    names = [part.name for part in checked.parts()]
+    rows = [row for name in names for row in checked.run_part(name, setting, 120.0)]
+    result = gpu_check.result_of(rows)
+    assert {row["op"] for row in result["correct"]} == {*LAYERS, *FURTHER}
+    assert not result["wrong"]
+    assert len(result["tuned"]) == len(BUCKETS) * len(LAYERS)
+    assert {row["m"] for row in result["compiled"]} == set(BUCKETS)
     assert len(result["measurements"]) == len(LAYERS)
-    assert {row["op"] for row in result["correctness"]} == {*LAYERS, *FURTHER}
+    texts = [bar["text"] for bar in result["bars"]]
     for part in ("w4a16 experts", "w8a16 experts", "w8a8 gated", "block_sparse 128", "low_rank 64"):
-        assert any(part in line for line in result["verdict"])
+        assert any(part in line for line in texts)
     assert any("copy bandwidth" in line for line in result["verdict"])
     assert not result["good"]  # nothing is faster than anything by this clock
-    assert any("MISSED" in line for line in result["missed"])
+    assert any(line.startswith("MISSED") for line in result["verdict"])
+    # A bar has one line, whatever it was held to.
+    assert len(set(result["verdict"])) == len(result["verdict"]) < len(texts)
     json.dumps(result)
+
+
+def test_a_kernel_that_fails_costs_a_row(tmp_path, monkeypatch) -> None:
+    def fails(m, n, k, device):
+        raise RuntimeError("out of resources: shared memory")
+
+    monkeypatch.setitem(FURTHER, "low_rank", fails)
+    setting = checked.Setting(CPU, FalseClock(), TileTable("false", "3.6.0", tmp_path), 132)
+    rows = list(checked.run_part("correct:low_rank", setting, 60.0))
+    assert len(rows) == 4
+    result = gpu_check.result_of(rows, missing=["time:w4a16"])
+    assert not result["good"]
+    told = gpu_check._told(result)
+    assert "out of resources: shared memory" in told[0]
+    assert "NOT RUN time:w4a16" in told
+
+
+JOBS = {
+    "good": ("print(1)", None),
+    "raises": ("raise ValueError('three')", "ValueError: three"),
+    "crashes": ("os.abort()", "SIGABRT"),
+    "hangs": ("time.sleep(60)", "stopped after"),
+}
+
+
+@pytest.mark.parametrize("how", JOBS)
+def test_a_part_that_ends_badly_keeps_its_rows(tmp_path, how: str) -> None:
+    code, said = JOBS[how]
+    path = tmp_path / Job.file_of(f"one:{how}")
+    code = (
+        "import os, sys, time\n"
+        f"file = open({str(path)!r}, 'w')\n"
+        'file.write(\'{"kind": "tuned"}\\n{"kind": \'); file.flush()\n'
+        f"{code}\n"
+    )
+    ended: list[Job] = []
+    seconds = 1.0 if how == "hangs" else 60.0
+    run_alone(Job(f"one:{how}", [sys.executable, "-c", code], tmp_path, seconds), ended.append)
+    # The second row was not whole.
+    assert ended[0].rows() == [{"kind": "tuned"}]
+    failure = ended[0].failure()
+    assert failure is None if said is None else said in str(failure)
+
+
+def test_what_waits_at_the_end_does_not_begin(tmp_path) -> None:
+    words = [sys.executable, "-c", "import time; time.sleep(60)"]
+    jobs = [Job(f"job:{i}", words, tmp_path, 60.0) for i in range(3)]
+    ended: list[str] = []
+    run_together(jobs, time.monotonic() + 0.5, 2, lambda job: ended.append(job.name))
+    assert sorted(ended) == ["job:0", "job:1"]
+    assert all(job.failure() is not None for job in jobs[:2])
+
+
+def test_rehearsal(tmp_path, capsys) -> None:
+    """The whole way through processes and files, for one part, and one that crashes."""
+    path = tmp_path / "found.json"
+    words = ["--rehearse", "-o", str(path), "--only", "correct:low_rank"]
+    assert gpu_check.main([*words, "--sabotage", "correct:low_rank=crash"]) == 1
+    found = json.loads(path.read_text())
+    assert len(found["correct"]) == 1
+    assert found["failures"] == ["correct:low_rank: SIGABRT: "]
+    assert found["not_run"] == []
+    assert "FAILED correct:low_rank: SIGABRT" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_rehearsal_of_everything(tmp_path) -> None:
+    path = tmp_path / "found.json"
+    gpu_check.main(["--rehearse", "-o", str(path), "--seconds", "1500", "--jobs", "2"])
+    found = json.loads(path.read_text())
+    assert found["failures"] == found["not_run"] == found["wrong"] == []
+    assert {row["op"] for row in found["correct"]} == {*LAYERS, *FURTHER}
+
+
+def test_parts_are_named(capsys) -> None:
+    assert gpu_check.main(["--list", "--only", "tune,time:w4a16"]) == 0
+    found = capsys.readouterr().out.split()
+    assert "tune:w8a8" in found
+    assert "time:w4a16" in found
+    assert "time:w8a8" not in found
 
 
 @NO_GPU

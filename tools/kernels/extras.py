@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Extra:
         ratio: Of what it is held to.
         other: What that is.
         least: The bar: the least ratio.
+        failure: Why it could not be measured.
     """
 
     name: str
@@ -49,13 +51,22 @@ class Extra:
     ratio: float
     other: str
     least: float
+    failure: str = ""
+
+    @property
+    def group(self) -> str:
+        """The bar without sizes, which measurements are put together by."""
+        words = [w for w in self.name.split() if not re.search(r"\d+x\d+|^M=", w)]
+        return f"{' '.join(words)}: {self.least} of {self.other}"
 
     @property
     def holds(self) -> bool:
         """Whether the bar is met."""
-        return self.ratio >= self.least
+        return not self.failure and self.ratio >= self.least
 
     def __str__(self) -> str:
+        if self.failure:
+            return f"{self.name}: FAILED: {self.failure}"
         word = "holds" if self.holds else "MISSED"
         us = self.seconds * 1e6
         return f"{self.name}: {us:.1f} us, {self.ratio:.2f} of {self.other} ({self.least}): {word}"
@@ -81,21 +92,29 @@ def measure_extras(
     for measure in _measures(device, clock, ceilings, scale):
         if deadline is not None and time.monotonic() > deadline:
             return
-        yield from measure()
+        try:
+            yield from measure()
+        except Exception as failure:
+            # One op that fails must not cost the others; what a launch broke for good will show.
+            text = " ".join(str(failure).split())[-300:]
+            name = f"{measure.func.__name__.strip('_')} {measure.args[3:]}"
+            yield Extra(name, 0.0, 0.0, "", 0.0, f"{type(failure).__name__}: {text}")
 
 
 def _measures(
     device: torch.device, clock: Clock, ceilings: Ceilings, scale: int
-) -> Iterator[Callable[[], Iterator[Extra]]]:
+) -> Iterator[partial[Iterator[Extra]]]:
     n, k = 14336 // scale, 4096 // scale
     for width in (4096, 8192):
         rows = max(8, 8192 // scale)
         yield partial(_norm, device, clock, ceilings, rows, width // scale)
+        yield partial(_norm_alone, device, clock, rows, width // scale)
     for m in (1, 16):
         yield partial(_low_rank_term, device, clock, m, n, k)
         yield partial(_gated, device, clock, m, n, k)
         yield partial(_low_rank, device, clock, m, k, k, max(1, 512 // scale))
     yield partial(_experts, device, clock, 16, 2048 // scale, 4096 // scale)
+    yield partial(_many_tokens, device, clock, max(16, 4096 // scale), n, k)
     for m in (16, max(16, 4096 // scale)):
         yield partial(_block_sparse, device, clock, m, n, k)
 
@@ -123,6 +142,42 @@ def _norm(
     share = size / seconds / ceilings.bytes_per_second
     name = f"add_norm_quantise {tokens}x{width}"
     yield Extra(name, seconds, share, "copy bandwidth", 0.8)
+
+
+def _norm_alone(device: torch.device, clock: Clock, tokens: int, width: int) -> Iterator[Extra]:
+    """A norm and rounding by torch's own ops, one after the other."""
+    calls: dict[str, Calls] = {"ours": [], "a norm and rounding": []}
+    weight = torch.rand(width, device=device).bfloat16()
+    for _ in range(copies_for(3 * tokens * width)):
+        x = torch.randn(tokens, width, device=device).bfloat16()
+        calls["ours"].append(partial(_numbers_alone, x, weight))
+        calls["a norm and rounding"].append(partial(_norm_then_round, x, weight))
+    name = f"norm_quantise {tokens}x{width}"
+    yield from _against(name, clock, calls, {"a norm and rounding": 1.6})
+
+
+def _numbers_alone(x: Tensor, weight: Tensor) -> Tensor:
+    return norm.norm_quantise(x, weight, None, _EPS, False, torch.int8)[0]
+
+
+def _norm_then_round(x: Tensor, weight: Tensor) -> Tensor:
+    value = F.rms_norm(x, (x.shape[-1],), weight, _EPS)
+    scales = value.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 127
+    return (value / scales).round().to(torch.int8)
+
+
+def _many_tokens(device: torch.device, clock: Clock, m: int, n: int, k: int) -> Iterator[Extra]:
+    """8 bits by the library, which the ops call for many tokens."""
+    x = torch.randn(m, k, device=device).half()
+    weight = torch.randn(n, k, device=device).half()
+    of = torch.rand(m, device=device) * 1e-2
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        numbers = (torch.randn(m, k, device=device) * 30).to(dtype)
+        rows = w8a8.pack((torch.randn(n, k, device=device) * 30).to(dtype), of.new_ones(n))
+        ours = partial(w8a8.w8a8_linear, numbers, of, *rows, None, None, n, BRAIN)
+        calls: dict[str, Calls] = {"ours": [ours], "dense fp16": [partial(F.linear, x, weight)]}
+        name = f"w8a8 {'int8' if dtype == torch.int8 else 'fp8'} {n}x{k} M={m}"
+        yield from _against(name, clock, calls, {"dense fp16": 1.6})
 
 
 def _numbers(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:

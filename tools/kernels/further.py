@@ -11,8 +11,13 @@ from torch.nn import functional as F
 
 from torchlathe.kernels.block_sparse import op as block_sparse
 from torchlathe.kernels.blocks.launching import pad_rank
+from torchlathe.kernels.convolution import op as convolution
+from torchlathe.kernels.dequantize import op as dequantize
+from torchlathe.kernels.embedding import op as embedding
 from torchlathe.kernels.epilogue import rows_for
 from torchlathe.kernels.low_rank import op as low_rank
+from torchlathe.kernels.norm_quantise import op as norm
+from torchlathe.kernels.semi_structured import op as semi_structured
 from torchlathe.kernels.w4a8 import op as w4a8
 from torchlathe.kernels.w4a16 import op as w4a16
 from torchlathe.kernels.w4a16_experts import op as w4a16_experts
@@ -182,6 +187,115 @@ def _w4a8_fp8(m: int, n: int, k: int, device: torch.device) -> Case:
     )
 
 
+def _w4a16_as(
+    dtype: torch.dtype, group: int, zeros: bool
+) -> Callable[[int, int, int, torch.device], Case]:
+    """Other types, groups and zero points than those that the layers of the benchmark have."""
+
+    def case(m: int, n: int, k: int, device: torch.device) -> Case:
+        groups = 1 if group == 0 else -(-k // group)
+        values = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
+        scales = (torch.rand(groups, n, device=device) * 0.02 + 0.01).to(dtype)
+        shape, few = (groups, n), torch.uint8
+        points = torch.randint(0, 16, shape, dtype=few, device=device) if zeros else None
+        weight = w4a16.pack(values, scales, points, group)
+        x = torch.randn(m, k, device=device).to(dtype)
+        return Case(
+            lambda: w4a16.w4a16_linear(x, *weight, None, None, n, group),
+            lambda: w4a16.reference(x.double(), *weight, out_features=n, group=group),
+            8e-3 if dtype == BRAIN else 1e-3,
+        )
+
+    return case
+
+
+def _w8a16_brain(m: int, n: int, k: int, device: torch.device) -> Case:
+    scales = torch.rand(-(-k // 128), n, device=device).to(BRAIN) * 1e-3 + 1e-3
+    weight = w8a16.pack(_eight(n, k, device, torch.int8), scales, 128)
+    x = torch.randn(m, k, device=device).to(BRAIN)
+    return Case(
+        lambda: w8a16.w8a16_linear(x, *weight, None, None, n),
+        lambda: w8a16.reference(x.double(), *weight, out_features=n),
+        8e-3,
+    )
+
+
+def _norm(mean: bool, dtype: torch.dtype) -> Callable[[int, int, int, torch.device], Case]:
+    """A norm of a sum; what is compared is numbers times scales."""
+
+    def case(m: int, n: int, k: int, device: torch.device) -> Case:
+        x, residual = (torch.randn(m, k, device=device).to(BRAIN) for _ in range(2))
+        weight, bias = torch.rand(k, device=device), torch.randn(k, device=device)
+        own = bias if mean else None
+
+        def found() -> Tensor:
+            numbers, scales, _ = norm.add_norm_quantise(x, residual, weight, own, 1e-6, mean, dtype)
+            return numbers.to(torch.float64) * scales.to(torch.float64)[:, None]
+
+        def wanted() -> Tensor:
+            total = (x.float() + residual.float()).to(BRAIN).double()
+            numbers, scales = norm.reference(total, weight, own, 1e-6, mean=mean, dtype=dtype)
+            return numbers.to(torch.float64) * scales.to(torch.float64)[:, None]
+
+        # A value at the middle between two numbers may go to either: a step, of a few of them.
+        return Case(found, wanted, 2e-2 if dtype == FP8 else 4e-3)
+
+    return case
+
+
+def _rows_as_they_are(m: int, n: int, k: int, device: torch.device) -> Case:
+    x = torch.randn(m, k, device=device).to(BRAIN)
+
+    def found() -> Tensor:
+        numbers, scales = dequantize.quantize_tokens(x, "int8")
+        return numbers.to(torch.float64) * scales.to(torch.float64)[:, None]
+
+    def wanted() -> Tensor:
+        numbers, scales = dequantize.quantize_tokens(x.cpu(), "int8")
+        return (numbers.to(torch.float64) * scales.to(torch.float64)[:, None]).to(device)
+
+    return Case(found, wanted, 4e-3)
+
+
+def _convolution(m: int, n: int, k: int, device: torch.device) -> Case:
+    channels, side = max(8, min(k // 8, 64)), 9
+    values = torch.randint(-127, 128, (n, channels, 3, 3), dtype=torch.int8, device=device)
+    scales = torch.rand(n, device=device) * 1e-3
+    x = torch.randint(-127, 128, (m, channels, side, side), dtype=torch.int8, device=device)
+    x_scales = torch.rand(m, device=device) * 1e-2
+    weight = convolution.pack_conv(values, scales)
+    sizes = ([3, 3], [2, 2], [1, 1], [1, 1])
+    return Case(
+        lambda: convolution.w8a8_conv2d(x, x_scales, *weight, None, *sizes, n, BRAIN),
+        lambda: convolution.reference(x, x_scales, values, scales, stride=2, padding=1),
+        4e-3,
+    )
+
+
+def _embedding(m: int, n: int, k: int, device: torch.device) -> Case:
+    values = torch.randint(0, 256, (n, -(-k // 2)), dtype=torch.uint8, device=device)
+    args = (values, torch.rand(n, 1, device=device) + 0.1, None, None)
+    columns = 2 * values.shape[1]
+    indices = torch.randint(0, n, (m,), device=device)
+    return Case(
+        lambda: embedding.quantised_embedding(indices, *args, columns, 0, "int4", BRAIN),
+        lambda: embedding.reference(indices, *args, columns=columns, group=0, format="int4"),
+        4e-3,
+    )
+
+
+def _semi_structured(m: int, n: int, k: int, device: torch.device) -> Case:
+    weight = torch.randn(n, k // 4, 4, device=device)
+    weight[..., 1:3] = 0
+    weight = weight.flatten(1).to(HALF)
+    x = torch.randn(m, weight.shape[1], device=device).to(HALF)
+    return Case(
+        lambda: semi_structured.semi_structured_linear(x, weight, None, None, None, n),
+        lambda: semi_structured.reference(x.double(), weight, out_features=n),
+        1e-3,
+    )
+
+
 def block_mask(n: int, k: int, size: int, share: float, device: torch.device) -> Tensor:
     """A mask, (n, k), that keeps a share of the blocks."""
     kept = torch.rand(-(-n // size), -(-k // size), device=device) < share
@@ -288,4 +402,16 @@ FURTHER: dict[str, Callable[[int, int, int, torch.device], Case]] = {
     "w4a16_experts": _experts("w4a16"),
     "w8a16_experts": _experts("w8a16"),
     "w8a8_experts": _experts("w8a8"),
+    "w4a16 bf16 zero points": _w4a16_as(BRAIN, 128, zeros=True),
+    "w4a16 groups of 64": _w4a16_as(HALF, 64, zeros=True),
+    "w4a16 bf16 groups of 32": _w4a16_as(BRAIN, 32, zeros=False),
+    "w4a16 whole rows": _w4a16_as(HALF, 0, zeros=False),
+    "w8a16 bf16 groups": _w8a16_brain,
+    "rms_norm_quantise": _norm(mean=False, dtype=torch.int8),
+    "layer_norm_quantise": _norm(mean=True, dtype=torch.int8),
+    "rms_norm_quantise fp8": _norm(mean=False, dtype=FP8),
+    "quantize_tokens": _rows_as_they_are,
+    "w8a8_conv2d": _convolution,
+    "quantised_embedding": _embedding,
+    "semi_structured": _semi_structured,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,16 +20,29 @@ from torchlathe.kernels.w8a8 import op as w8a8
 from torchlathe.kernels.w8a16 import op as w8a16
 from torchlathe.tools.kernels.rivals import gemlite_layer, has_gemlite
 
-__all__ = ["LAYERS", "Contest", "Layer", "copies_for", "dense", "make_layer"]
+__all__ = ["LAYERS", "Contest", "Layer", "at_most", "copies_for", "dense", "make_layer"]
 
 _CACHE = 60 * 2**20  # bytes of the largest L2 (H200)
 _MOST = 64  # copies, past which more change nothing
 FP8 = torch.float8_e4m3fn
 
 
+_limit: ContextVar[int] = ContextVar("_limit", default=_MOST)
+
+
 def copies_for(size: int) -> int:
     """Copies of ``size`` bytes that are three times the cache, so that none is found in it."""
-    return min(_MOST, max(2, math.ceil(3 * _CACHE / size)))
+    return min(_MOST, _limit.get(), max(2, math.ceil(3 * _CACHE / size)))
+
+
+@contextmanager
+def at_most(copies: int) -> Iterator[None]:
+    """Make no more copies than these, where no time is taken."""
+    before = _limit.set(copies)
+    try:
+        yield
+    finally:
+        _limit.reset(before)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,32 @@ def table(results: Path = RESULTS) -> str:
     rows = data["rows"]
     kept = sum(not row["problems"] for row in rows)
     text = _TEXT.format(triton=data["triton"], rows=len(rows), kept=kept)
-    return text.lstrip("\n") + "\n".join(_lines(rows + data["control"])) + "\n"
+    text = text.lstrip("\n") + "\n".join(_lines(rows + data["control"])) + "\n"
+    candidates = data.get("candidates", [])
+    return text + "".join(f"{line}\n" for line in _candidate_lines(candidates))
+
+
+def _candidate_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What is known of the tiles that the tuner times."""
+    if not rows:
+        return
+    kept = sum(not row["problems"] for row in rows)
+    yield (
+        f"\nThe tuner's candidates (`--candidates`), {len(rows)} binaries more, of which {kept} "
+        "keep their\nlimits; slots are the most of any.\n"
+    )
+    yield "| op | architecture | binaries | slots to 16 tokens | beyond | registers | stack |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        kind = row["config"].split()[1]
+        groups.setdefault((row["op"], kind, row["arch"]), []).append(row)
+    for (op, kind, arch), found in groups.items():
+        few = [row for row in found if int(row["config"].split("BM")[1].split()[0]) <= 16]
+        many = [row for row in found if row not in few]
+        slots = [f"{max(row['slots_per_weight'] for row in part):.2f}" for part in (few, many)]
+        most = [str(max(row[name] for row in found)) for name in ("registers", "stack")]
+        yield f"| {' | '.join([f'{op} {kind}', arch, str(len(found)), *slots, *most])} |"
 
 
 def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -5,6 +5,7 @@ Source: own; copies in turn as vLLM's kernel benchmarks do.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Clock", "GraphClock", "Samples", "require_gpu", "time_in_turn"]
+__all__ = ["Clock", "GraphClock", "Samples", "WallClock", "require_gpu", "time_in_turn"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,22 @@ class GraphClock:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+
+class WallClock:
+    """Seconds by the clock on the wall, to try on a CPU what is meant for a GPU."""
+
+    def prepare(self, calls: Sequence[Callable[[], Tensor]]) -> Sequence[Callable[[], Tensor]]:
+        """Run the first."""
+        calls[0]()
+        return calls
+
+    def seconds(self, prepared: Sequence[Callable[[], Tensor]]) -> float:
+        """Seconds of one run of all calls."""
+        start = time.perf_counter()
+        for call in prepared:
+            call()
+        return time.perf_counter() - start
 
 
 def time_in_turn(

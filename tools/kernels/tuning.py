@@ -31,6 +31,7 @@ def tune(
     processors: int,
     ops: Sequence[str] = tuple(LAYERS),
     shapes: Sequence[tuple[int, int]] = SHAPES,
+    buckets: Sequence[int] = BUCKETS,
     deadline: float | None = None,
     progress: Callable[[Problem, Tile | None, float], None] | None = None,
 ) -> int:
@@ -46,6 +47,7 @@ def tune(
         processors: Multiprocessors of the device.
         ops: Keys of `LAYERS`.
         shapes: (output, input) features.
+        buckets: Numbers of tokens.
         deadline: By `time.monotonic`; what is not begun by then is left for another time.
         progress: Told each problem, its tile and its seconds.
 
@@ -54,7 +56,7 @@ def tune(
     """
     done = 0
     # The smallest products gain most, so that they come first if time is short.
-    for m in BUCKETS:
+    for m in buckets:
         for n, k in shapes:
             for op in ops:
                 if deadline is not None and time.monotonic() > deadline:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,10 +15,14 @@ from torchlathe.ir import Program
 from torchlathe.ir.provenance import info
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
+from torchlathe.passes.rewrite.lowering.convolutions import Convolution, convolution_of
+from torchlathe.passes.rewrite.lowering.experts import Experts, expert_layers
+from torchlathe.passes.rewrite.lowering.floating import Blocks, Fours, Thin, floating_layers
 from torchlathe.passes.rewrite.lowering.forms import Form, Maker, forms_for
 from torchlathe.passes.rewrite.lowering.layers import Layer, logical_layers
 from torchlathe.passes.rewrite.lowering.norms import fuse_norms
 from torchlathe.passes.rewrite.lowering.speeds import Speeds
+from torchlathe.passes.rewrite.lowering.tables import tables
 from torchlathe.passes.rewrite.quantising.facts import Unpacked
 
 __all__ = ["FuseKernels"]
@@ -28,38 +33,36 @@ _TRAINED = ("w4a16_linear", "w8a16_linear")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer becomes.
+    """What something becomes.
 
     Attributes:
-        layer: The layer.
         of: Name of its weight.
-        form: A fused op; None to go on as it is, or densely.
         why: What was chosen and why, for the report.
+        name: The op, as the report counts it; ``stored`` or ``dense`` without one.
+        write: Puts the op in place; None to go on as it is.
         ratio: Seconds of the dense layer over those of what was chosen; None if not measured.
-        dense: Whether the weight is stored as floating numbers again.
+        epilogue: Whether the op does what follows the layer, too.
+        trains: Whether gradients go through it.
     """
 
-    layer: Layer
     of: str
-    form: Form | None
     why: str
+    name: str = "stored"
+    write: Callable[[Maker], None] | None = None
     ratio: float | None = None
-    dense: bool = False
-
-    @property
-    def name(self) -> str:
-        """As the report counts it."""
-        return self.form.name if self.form else "dense" if self.dense else "stored"
+    epilogue: bool = False
+    trains: bool = True
 
 
 @dataclass(frozen=True)
 class FuseKernels(RewritePass):
-    """Puts one fused op in the place of each quantised linear layer, with what follows it.
+    """Puts one fused op in the place of each quantised or sparse layer, with what follows it.
 
     Keeps: the function, up to rounding. Changes: the op multiplies the stored numbers; bias,
-    activation and residual that alone follow a layer go into it, and on a GPU the rounding of
-    inputs goes into the norm before it. Weights may be packed for the device, so that no later
-    pass can change them; with 8-bit activations no parameter takes gradients any more.
+    activation and residual that alone follow a layer go into it. On a GPU so do gates and low-rank
+    terms, and the rounding of inputs goes into the norm before it. Weights may be packed for the
+    device, so that no later pass can change them; with 8-bit activations no parameter takes
+    gradients any more.
 
     Source: own; which op is fastest is measured on this machine, or known from measurements.
     """
@@ -91,30 +94,30 @@ class FuseKernels(RewritePass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Choose for every layer, then write."""
-        layers = logical_layers(program)
-        if not layers:
+        device = self._device(program)
+        timed = self.runtime == "eager" and self.choose == "measured" and device == "cpu"
+        speeds = Speeds() if timed and cannot_run(program) is None else None
+        chooser = Chooser(program, device, speeds, self.fallback)
+        chosen = list(chooser.choices(ctx.report))
+        if speeds is not None:
+            speeds.save()
+        if not chosen:
             told = [Diagnostic("note", "no layer reads stored numbers: there is nothing to fuse")]
             return PassResult(False, {"layers": 0}, told)
-        device = self._device(program)
-        chosen = list(self._choices(program, ctx, layers, device))
-        counts = dict(Counter(choice.name for choice in chosen))
         norms = 0
         with program.edit(by=ctx.spec) as edit:
             maker = Maker(edit)
             for choice in chosen:
-                if choice.form is not None:
-                    maker.fuse(choice.layer, choice.form)
-                elif choice.dense:
-                    _make_dense(maker, choice.layer)
-            if any(c.form and c.form.name not in _TRAINED for c in chosen):
+                if choice.write is not None:
+                    choice.write(maker)
+            if not all(choice.trains for choice in chosen):
                 _stop_training(program)
             if device == "cuda":
                 norms = fuse_norms(edit)
             changed = bool(edit.count)
-        statistics: dict[str, int | float | str] = {"layers": len(layers), **counts}
-        epilogues = sum(
-            c.form is not None and c.layer.last is not c.layer.call for c in chosen
-        )  # fmt: skip
+        counts = Counter(choice.name for choice in chosen)
+        statistics: dict[str, int | float | str] = {"layers": len(chosen), **counts}
+        epilogues = sum(choice.epilogue for choice in chosen)
         statistics |= {"with_epilogue": epilogues, "norms": norms}
         return PassResult(changed, statistics, list(_told(chosen)))
 
@@ -124,57 +127,169 @@ class FuseKernels(RewritePass):
         kinds = {entry.tensor.device.type for entry in program.entries.values()}
         return "cuda" if "cuda" in kinds else "cpu"
 
-    def _choices(
-        self, program: Program, ctx: PassContext, layers: Sequence[Layer], device: str
-    ) -> Iterator[Choice]:
-        timed = self.runtime == "eager" and self.choose == "measured" and device == "cpu"
-        timed = timed and cannot_run(program) is None
-        speeds = Speeds() if timed else None
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses an op for everything that could become one.
+
+    Attributes:
+        program: The program.
+        device: Type of device that ops are for.
+        speeds: Measures them; None to go by rule.
+        fallback: As the pass has it.
+    """
+
+    program: Program
+    device: str
+    speeds: Speeds | None
+    fallback: str
+
+    def choices(self, report: Callable[[str], None]) -> Iterator[Choice]:
+        """One choice for each layer and each look-up."""
+        for table in tables(self.program):
+            why = f"{table.op}: only the rows that are looked up are dequantised"
+            yield Choice(table.name, why, table.op, table.write)
+        layers = logical_layers(self.program, self.device)
+        experts = {found.call: found for found in expert_layers(self.program)}
         for number, layer in enumerate(layers):
-            ctx.report(f"choosing an op for {_name(layer)} ({number + 1}/{len(layers)})")
-            forms, reasons = forms_for(layer, device)
-            if layer.kind != "linear":
-                yield Choice(layer, _name(layer), None, f"as it is: {layer.kind} has no fused op")
-            elif speeds is not None and layer.rows:
-                yield self._fastest(layer, forms, reasons, speeds)
+            report(f"choosing an op for {_name(layer)} ({number + 1}/{len(layers)})")
+            if layer.kind == "linear":
+                choice = self._linear(layer)
+                yield choice
+                if layer.gated is not None and choice.name in ("stored", "dense"):
+                    yield self._linear(layer.gated)  # which no op took with its gate either
+            elif layer.call in experts:
+                yield self._experts(layer, experts[layer.call])
+            elif (convolution := convolution_of(self.program, layer)) is not None:
+                yield self._convolution(convolution)
             else:
-                yield self._by_rule(layer, forms, reasons)
-        if speeds is not None:
-            speeds.save()
+                yield self._as_it_is(layer, f"{layer.kind} has no fused op")
+        taken = {layer.call for layer in layers}
+        taken |= {user for layer in layers for node in layer.low_rank or () for user in node.users}
+        for floating in floating_layers(self.program, self.device, taken):
+            yield self._floating(floating)
 
-    def _fastest(
-        self, layer: Layer, forms: Sequence[Form], reasons: Sequence[str], speeds: Speeds
-    ) -> Choice:
-        names = [form.name for form in forms]
-        seconds = speeds.of(layer, ["dense", "stored", *names])
-        dense = seconds.pop("dense")
-        best = min(seconds, key=seconds.__getitem__)
-        ratio = dense / seconds[best]
-        size = f"{layer.rows} x {layer.shape[1]} x {layer.shape[0]}"
-        others = ", ".join(f"{n} {s * 1e6:.0f} us" for n, s in seconds.items() if n != best)
-        text = f"{best}, {ratio:.2f} times as fast as dense at {size}"
-        text += f" ({seconds[best] * 1e6:.0f} us; dense {dense * 1e6:.0f} us"
-        text += f"; {others})" if others else ")"
-        if best == "stored" and reasons and not names:
-            text += f"; no op takes it: {reasons[0]}"
-        form = next((form for form in forms if form.name == best), None)
-        if ratio < 1 and self.fallback == "dense":
-            return Choice(layer, _name(layer), None, f"dense again: {text}", 1.0, dense=True)
-        return Choice(layer, _name(layer), form, text, ratio)
-
-    def _by_rule(self, layer: Layer, forms: Sequence[Form], reasons: Sequence[str]) -> Choice:
-        """What measurements of others say: see the page on quantisation."""
+    def _linear(self, layer: Layer) -> Choice:
+        forms, reasons = forms_for(layer, self.device)
+        if self.speeds is not None and layer.rows:
+            names = [form.name for form in forms]
+            size = f"{layer.rows} x {layer.shape[1]} x {layer.shape[0]}"
+            best, text, ratio = _fastest(self.speeds, layer, ["stored", *names], size)
+            if best == "stored" and reasons and not names:
+                text += f"; no op takes it: {reasons[0]}"
+            if ratio < 1 and self.fallback == "dense":
+                return self._dense(layer, text)
+            form = next((form for form in forms if form.name == best), None)
+            return _chosen(layer, form, text, ratio)
         for form in forms:
-            # Torch's packed 4-bit product is fast for 16-bit activations alone.
-            slow = form.name == "w4a16_cpu_linear" and layer.dtype == torch.float32
-            grouped = form.name == "w4a8_linear" and form.device == "cpu" and layer.group != 0
-            slow = slow or grouped
-            if not slow:
-                return Choice(layer, _name(layer), form, f"{form.name}, by rule")
+            if not _slow(form, layer):
+                return _chosen(layer, form, f"{form.name}{_also(layer)}, by rule")
         why = reasons[0] if reasons else "its ops are slow for these activations"
+        return self._as_it_is(layer, why)
+
+    def _as_it_is(self, layer: Layer, why: str) -> Choice:
+        """Unpack the weight at each call, or once and for all."""
         if self.fallback == "dense":
-            return Choice(layer, _name(layer), None, f"dense again: {why}", 1.0, dense=True)
-        return Choice(layer, _name(layer), None, f"as it is, slower than dense: {why}", 0.0)
+            return self._dense(layer, why)
+        return Choice(_name(layer), f"as it is, slower than dense: {why}", ratio=0.0)
+
+    def _dense(self, layer: Layer, why: str) -> Choice:
+        return Choice(
+            _name(layer), f"dense again: {why}", "dense", partial(_make_dense, layer), 1.0
+        )
+
+    def _experts(self, layer: Layer, experts: Experts) -> Choice:
+        if self.device == "cpu":
+            # Which experts are read is not known before, and torch has no such product.
+            return self._as_it_is(layer, "torch has no product for experts of few bits on a CPU")
+        if reason := experts.refuses():
+            return self._as_it_is(layer, reason)
+        gate = f" with {experts.activation}" if experts.halves else ""
+        why = f"{experts.op}{gate}, by rule: one launch for all experts"
+        return Choice(experts.name, why, experts.op, experts.write, epilogue=experts.halves)
+
+    def _convolution(self, convolution: Convolution) -> Choice:
+        layer, reason = convolution.layer, convolution.refuses()
+        names = ["stored"] if reason else ["stored", convolution.op]
+        if self.speeds is not None:
+            size = " x ".join(map(str, convolution.shape))
+            best, text, ratio = _fastest(self.speeds, convolution, names, size)
+            text += f"; no op takes it: {reason}" if reason else ""
+            if ratio < 1 and self.fallback == "dense":
+                return self._dense(layer, text)
+        elif reason:
+            return self._as_it_is(layer, reason)
+        else:
+            best, text, ratio = convolution.op, f"{convolution.op}, by rule", None
+        if best == "stored":
+            return Choice(_name(layer), text, ratio=ratio)
+        epilogue = layer.last is not layer.call
+        write = convolution.write
+        return Choice(_name(layer), text, best, write, ratio, epilogue, trains=False)
+
+    def _floating(self, found: Blocks | Fours | Thin) -> Choice:
+        """Sparse and thin layers: the dense ones are there already, and stay where they win."""
+        dense = partial(Choice, found.name, name="dense")
+        if reason := found.refuses():
+            return dense(f"dense: {reason}")
+        if isinstance(found, Blocks) and self.speeds is not None and found.layer.rows:
+            outs, ins = found.layer.shape
+            size = f"{found.layer.rows} x {ins} x {outs}, {found.stored:.0%} of blocks"
+            best, text, ratio = _fastest(self.speeds, found, [found.op], size)
+            if ratio < 1:
+                return dense(f"dense: {text}")
+        elif reason := found.by_rule():
+            return dense(f"dense: {reason}")
+        else:
+            best, text, ratio = found.op, f"{found.op}, by rule", None
+        epilogue = found.layer.last is not found.layer.call
+        return Choice(found.name, text, best, found.write, ratio, epilogue)
+
+
+def _fastest(
+    speeds: Speeds, site: Layer | Convolution | Blocks, names: list[str], size: str
+) -> tuple[str, str, float]:
+    """The fastest of the names, what to say of it, and seconds of the dense layer over its own."""
+    seconds = speeds.of(site, ["dense", *names])
+    dense = seconds.pop("dense")
+    best = min(seconds, key=seconds.__getitem__)
+    ratio = dense / seconds[best]
+    others = ", ".join(f"{n} {s * 1e6:.0f} us" for n, s in seconds.items() if n != best)
+    text = f"{best}, {ratio:.2f} times as fast as dense at {size}"
+    text += f" ({seconds[best] * 1e6:.0f} us; dense {dense * 1e6:.0f} us"
+    return best, text + (f"; {others})" if others else ")"), ratio
+
+
+def _chosen(layer: Layer, form: Form | None, why: str, ratio: float | None = None) -> Choice:
+    if form is None:
+        return Choice(_name(layer), why, ratio=ratio)
+    epilogue = layer.last is not layer.call
+    trains = form.name in _TRAINED
+    write = partial(Maker.fuse, layer=layer, form=form)
+    return Choice(_name(layer), why, _op_of(form, layer), write, ratio, epilogue, trains)
+
+
+def _op_of(form: Form, layer: Layer) -> str:
+    return form.name if layer.low_rank is None else form.name.replace("_linear", "_low_rank_linear")
+
+
+def _also(layer: Layer) -> str:
+    """What a kernel does besides, for the report."""
+    parts = []
+    if layer.gated is not None:
+        parts.append(f"{layer.activation} of {_name(layer.gated)}")
+    elif layer.halves:
+        parts.append(f"{layer.activation} of its halves")
+    if layer.low_rank is not None:
+        parts.append(f"a term of rank {layer.low_rank[1].meta['val'].shape[1]}")
+    return "".join(f" with {part}" for part in parts)
+
+
+def _slow(form: Form, layer: Layer) -> bool:
+    """What measurements of others say: see the page on quantisation."""
+    # Torch's packed 4-bit product is fast for 16-bit activations alone.
+    packed = form.name == "w4a16_cpu_linear" and layer.dtype == torch.float32
+    return packed or (form.name == "w4a8_linear" and form.device == "cpu" and layer.group != 0)
 
 
 def _stop_training(program: Program) -> None:
@@ -185,7 +300,7 @@ def _stop_training(program: Program) -> None:
             program.entries[name] = replace(entry, tensor=frozen)
 
 
-def _make_dense(maker: Maker, layer: Layer) -> None:
+def _make_dense(layer: Layer, maker: Maker) -> None:
     """Store the floating weight that the numbers stand for."""
     program, edit = maker.edit.program, maker.edit
     args = [

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -25,13 +25,23 @@ from torchlathe.kernels.dequantize.formats import pack
 from torchlathe.kernels.w4a16 import cpu as w4_cpu
 from torchlathe.passes.rewrite.lowering.layers import Layer
 
-__all__ = ["Speeds"]
+__all__ = ["Site", "Speeds"]
 
 log = logging.getLogger("torchlathe")
 
 _ROUNDS = 5
 _SLICE = 2e-3  # seconds of one contestant in one round
 _FORMAT = 1
+
+
+class Site(Protocol):
+    """What is not a linear layer, and knows itself how it is timed."""
+
+    def key(self, name: str) -> str:
+        """What seconds of a form are kept under."""
+
+    def contestant(self, name: str) -> Callable[[], Any]:
+        """A call of a form on random data."""
 
 
 class Speeds:
@@ -59,12 +69,15 @@ class Speeds:
             if found["format"] == _FORMAT:
                 self.entries = {str(k): float(v) for k, v in found["entries"].items()}
 
-    def of(self, layer: Layer, names: list[str]) -> dict[str, float]:
+    def of(self, layer: Layer | Site, names: list[str]) -> dict[str, float]:
         """Seconds of some forms for a layer; ``"dense"`` and ``"stored"`` are forms as well.
 
         What is missing is measured, all in turn.
         """
-        keys = {name: _key(layer, name) for name in names}
+        keys = {
+            name: _key(layer, name) if isinstance(layer, Layer) else layer.key(name)
+            for name in names
+        }
         if any(key not in self.entries for key in keys.values()):
             self._measure(layer, keys)
         return {name: self.entries[key] for name, key in keys.items()}
@@ -80,10 +93,10 @@ class Speeds:
         except OSError as error:
             log.debug("speeds are not kept: %s", error)
 
-    def _measure(self, layer: Layer, keys: dict[str, str]) -> None:
+    def _measure(self, layer: Layer | Site, keys: dict[str, str]) -> None:
         self.measured += 1
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            calls = {name: _contestant(layer, name) for name in keys}
+            calls = {name: _call_of(layer, name) for name in keys}
             best = dict.fromkeys(calls, inf)
             counts = {}
             for name, call in calls.items():
@@ -106,6 +119,10 @@ def _key(layer: Layer, name: str) -> str:
     extra = "" if name == "dense" else f"|{form}|{group}|{layer.activations}"
     extra += "|zeros" if layer.node("zeros") is not None and name != "dense" else ""
     return f"{name}|{layer.rows}x{ins}x{outs}|{str(layer.dtype).removeprefix('torch.')}{extra}"
+
+
+def _call_of(layer: Layer | Site, name: str) -> Callable[[], Any]:
+    return _contestant(layer, name) if isinstance(layer, Layer) else layer.contestant(name)
 
 
 def _contestant(layer: Layer, name: str) -> Callable[[], Any]:
@@ -148,7 +165,7 @@ def _contestant(layer: Layer, name: str) -> Callable[[], Any]:
     if name == "w4a16_cpu_linear":
         scales = torch.rand(groups, outs).to(layer.dtype)
         weight = w4_cpu.pack_for_cpu(codes, scales, None, group)
-        rest = (None, None, outs, group, w4_cpu.capability(), "none")
+        rest = (None, None, outs, w4_cpu.group_for(ins, group), w4_cpu.capability(), "none")
         return lambda: ops.w4a16_cpu_linear(x, *weight, *rest)
     assert name == "w4a8_linear", name
     from torchlathe.kernels.w4a8.op import pack as pack_w4a8

@@ -1,30 +1,41 @@
-"""Each tile that the tuner would time compiles without spilling, so that no time goes to waste."""
+"""Each tile that the tuner would time compiles and keeps its bars: no time goes to waste."""
 
 import pytest
 
+from torchlathe.kernels.aot.candidates import TUNED, Tuned, candidate_cases, tiles_of
 from torchlathe.kernels.aot.compiling import ARCHITECTURES
-from torchlathe.kernels.aot.matrix import check_case
-from torchlathe.kernels.tuning.tiles import BUCKETS, Problem, Tile, candidates
-from torchlathe.kernels.w4a16.cases import _case
+from torchlathe.kernels.aot.matrix import Case, check_case
 
 
-def tiles(bucket: int):
-    """Distinct binaries: those of all splits are one but for whether there is a split."""
-    found: dict[tuple[int | bool, ...], Tile] = {}
-    for n, k in ((4096, 4096), (14336, 4096)):
-        for tile in candidates(Problem("w4a16", "float16", bucket, n, k, 128), 132):
-            key = (tile.BM, tile.BN, tile.warps, tile.stages, tile.split > 1)
-            found.setdefault(key, tile)
-    return list(found.values())
+def cases_of(tuned: Tuned) -> list[Case]:
+    return [
+        case for case in candidate_cases([tuned.op]) if f"candidate {tuned.kind} " in case.config
+    ]
+
+
+def name_of(tuned: Tuned) -> str:
+    return f"{tuned.op}-{tuned.dtype}"
+
+
+@pytest.mark.parametrize("tuned", TUNED, ids=name_of)
+def test_a_sample(tuned: Tuned) -> None:
+    """The first for 16 tokens and the last of all, which is the largest."""
+    cases = cases_of(tuned)
+    assert len(cases) == len(tiles_of(tuned))
+    middle = next(case for case in cases if " BM16 " in case.config)
+    for case in (middle, cases[-1]):
+        row = check_case(case, ARCHITECTURES["sm_90"])
+        assert not row.problems, row
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bucket", BUCKETS)
-def test_no_candidate_spills(bucket: int) -> None:
-    for tile in tiles(bucket):
-        case = _case(
-            tile.BM, tile.BN, split=tile.split, warps=tile.warps, stages=tile.stages, limit=9.0
-        )
-        row = check_case(case, ARCHITECTURES["sm_90"])
-        problems = [p for p in row.problems if "matrix instructions" not in p]
-        assert not problems, (tile, row)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("tuned", TUNED, ids=name_of)
+def test_all_of_them(tuned: Tuned, arch: str) -> None:
+    broken = [
+        row
+        for case in cases_of(tuned)
+        if arch in case.architectures
+        if (row := check_case(case, ARCHITECTURES[arch])).problems
+    ]
+    assert not broken

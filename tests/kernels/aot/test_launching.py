@@ -9,6 +9,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.making import blocks, eight_bits, routed, w4, w4_signed, w8, w8_rows
+from torchlathe.kernels import operators as _registers  # noqa: F401
 from torchlathe.kernels.aot.assembly import main_loop, whole
 from torchlathe.kernels.aot.compiling import ARCHITECTURES, Binary, read_binary
 from torchlathe.kernels.block_sparse import op as block_sparse
@@ -210,6 +211,32 @@ def test_further_ops_trace_into_kernels() -> None:
         *split,
         ["out_ptr"],
     ]
+
+
+def test_a_convolution_traces_into_kernels() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x, weight, scales):
+            ops = torch.ops.torchlathe
+            numbers, of = ops.quantize_tokens(x.flatten(1), "int8")
+            sizes = [3, 3], [2, 2], [1, 1], [1, 1]
+            y = ops.w8a8_conv2d(numbers.view_as(x), of, weight, scales, None, *sizes, 24, HALF)
+            return (y,)
+
+    def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+        return torch.empty(*shape, device="cuda", dtype=dtype)
+
+    with FakeTensorMode():
+        inputs = (
+            empty(2, 16, 8, 8),
+            empty(128, 256, dtype=torch.int8),
+            empty(128, dtype=torch.float32),
+        )
+        graph: Any
+        graph, _ = aot_export_module(Model(), inputs, trace_joint=False)
+    kernels = torch.ops.higher_order.triton_kernel_wrapper_functional
+    launched = [node for node in graph.graph.nodes if node.target is kernels]
+    written = [node.kwargs["tensors_to_clone"] for node in launched]
+    assert written == [["out_ptr", "scales_ptr"], ["out_ptr"]]
 
 
 def test_runs_on_fake_tensors_of_a_gpu_that_is_not_there() -> None:

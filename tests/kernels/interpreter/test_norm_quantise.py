@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.kernels.making import relative
+from torchlathe.kernels.dequantize import op as _registers  # noqa: F401
 from torchlathe.kernels.norm_quantise import op as norm
 
 FP8 = torch.float8_e4m3fn
@@ -37,3 +38,16 @@ def test_zeros() -> None:
     )
     assert not numbers.any()
     assert scales.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(3, 64), (2, 100)])
+def test_rows_as_they_are(rows: int, width: int) -> None:
+    """By the same kernel, against what `quantize_tokens` does on a CPU."""
+    x = torch.randn(rows, width).half() * 3
+    x[0] = 0
+    numbers, scales = norm.quantise_rows(x, torch.int8, wrap=lambda kernel: kernel)
+    wanted = torch.ops.torchlathe.quantize_tokens(x, "int8")
+    assert relative(scales, wanted[1]) < 1e-6
+    steps = (numbers.int() - wanted[0].int()).abs()
+    assert steps.max() <= 1
+    assert steps.count_nonzero() <= 0.02 * steps.numel()

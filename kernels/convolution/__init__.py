@@ -1,0 +1,1 @@
+"""Convolutions in 8 bits, as products of what their windows see."""

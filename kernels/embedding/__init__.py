@@ -1,0 +1,1 @@
+"""Rows of a stored table, dequantised as they are looked up."""
