@@ -15,6 +15,7 @@ from torch import fx
 
 from torchlathe.ir import Program
 from torchlathe.passes.statistics.readers import Reader, patches, unfolds
+from torchlathe.passes.statistics.routed import Routed, RoutedMoments
 from torchlathe.passes.statistics.stepping import LockstepRun
 
 __all__ = ["Arrival", "arrivals"]
@@ -31,21 +32,21 @@ class Arrival:
 
     Attributes:
         reader: The layer.
-        moment: Mean of x x' over the rows it reads, (groups, features, features), float64, or
-            float32 of more than 1,024 features.
-        rows: How many.
+        moments: Mean of x x' over the rows it reads, (features, features) for each group, float64,
+            or float32 of more than 1,024 features; of experts computed when they are asked for.
+        counts: How many rows each group reads.
     """
 
-    reader: Reader
-    moment: torch.Tensor
-    rows: int
+    reader: Reader | Routed
+    moments: Sequence[torch.Tensor]
+    counts: tuple[int, ...]
 
 
 def arrivals(
     program: Program,
     batches: Sequence[Sequence[Any]],
-    readers: Sequence[Reader],
-    stops: Mapping[Reader, fx.Node] | None = None,
+    readers: Sequence[Reader | Routed],
+    stops: Mapping[Reader | Routed, fx.Node] | None = None,
 ) -> Iterator[Arrival]:
     """The layers in order of execution; tensors may be changed before the next is asked for.
 
@@ -60,7 +61,7 @@ def arrivals(
     """
     run = LockstepRun(program, batches)
     place = {node: i for i, node in enumerate(program.graph.nodes)}
-    last: tuple[object, torch.Tensor, int] | None = None
+    last: tuple[object, Sequence[torch.Tensor], tuple[int, ...]] | None = None
     stops = stops or {}
     for reader in sorted(readers, key=lambda one: place[one.node]):
         run.run_until(stops.get(reader, reader.node))
@@ -68,11 +69,23 @@ def arrivals(
         key = (reader.operand, _way(reader))
         if last is None or last[0] != key:
             last = None  # two moments at a time would be one too many
-            last = (key, *_moment(reader, run.value(reader.operand)))
+            data = run.value(reader.operand)
+            if isinstance(reader, Routed):
+                routed = RoutedMoments(data, run.value(reader.ends), _kind(data[0]))
+                last = (key, routed, routed.counts)
+            else:
+                moment, count = _moment(reader, data)
+                last = (key, tuple(moment), (count,) * len(moment))
         yield Arrival(reader, last[1], last[2])
 
 
-def _way(reader: Reader) -> tuple[object, ...]:
+def _kind(rows: torch.Tensor) -> torch.dtype:
+    return torch.float64 if rows.shape[-1] <= _WIDE else torch.float32
+
+
+def _way(reader: Reader | Routed) -> tuple[object, ...]:
+    if isinstance(reader, Routed):
+        return (reader.ends,)
     if not unfolds(reader):
         return (reader.data_axes, reader.read)
     weight: Any = reader.node.args[1]
@@ -84,11 +97,11 @@ def _moment(reader: Reader, values: Sequence[torch.Tensor]) -> tuple[torch.Tenso
     total: torch.Tensor | None = None
     count = 0
     for rows in _rows(reader, values):
-        features = rows.shape[-1]
-        part = rows.to(torch.float64 if features <= _WIDE else torch.float32)
+        part = rows.to(_kind(rows))
         count += part.shape[1]
-        product = part.transpose(1, 2) @ part
-        total = product if total is None else total.add_(product)
+        if total is None:
+            total = part.new_zeros((part.shape[0], part.shape[2], part.shape[2]))
+        total.baddbmm_(part.transpose(1, 2), part)
     assert total is not None
     return total.div_(max(count, 1)), count
 

@@ -238,16 +238,16 @@ def _reader(
 
 
 def unfolds(reader: Reader) -> bool:
-    """Whether `patches` takes this: a convolution of one or two dimensions, not transposed."""
+    """Whether `patches` takes this: a convolution that is not transposed."""
     rule = rule_of(reader.node)
     if not isinstance(rule, Convolution) or rule._transposed(reader.node):
         return False
     weight: Any = argument(reader.node, "weight")
-    return weight.meta["val"].dim() - 2 in (1, 2)
+    return weight.meta["val"].dim() - 2 in (1, 2, 3)
 
 
 def patches(reader: Reader, value: torch.Tensor) -> torch.Tensor | None:
-    """What a one- or two-dimensional convolution multiplies its kernel by, at each position.
+    """What a convolution multiplies its kernel by, at each position.
 
     Args:
         reader: The convolution.
@@ -255,7 +255,7 @@ def patches(reader: Reader, value: torch.Tensor) -> torch.Tensor | None:
 
     Returns:
         Shape (groups, batch x positions of the result, channels per group x kernel); None for
-        other ops, and for convolutions that are transposed or of more dimensions.
+        other ops, and for convolutions that are transposed.
     """
     node = reader.node
     if not unfolds(reader):
@@ -268,14 +268,29 @@ def patches(reader: Reader, value: torch.Tensor) -> torch.Tensor | None:
     dilation = _each(argument(node, "dilation", 1), len(kernel))
     padding = _padding(argument(node, "padding", 0), kernel, dilation)
     value = F.pad(value, padding)
-    if len(kernel) == 1:
-        value, kernel = value[:, :, None], [1, *kernel]
-        stride, dilation = [1, *stride], [1, *dilation]
-    columns = F.unfold(value, tuple(kernel), dilation=tuple(dilation), stride=tuple(stride))
+    columns = _windows(value, kernel, stride, dilation)
     groups: Any = argument(node, "groups", 1)
     batch, features, positions = columns.shape
     columns = columns.reshape(batch, groups, features // groups, positions)
     return columns.permute(1, 0, 3, 2).reshape(groups, batch * positions, features // groups)
+
+
+def _windows(
+    value: torch.Tensor, kernel: list[int], stride: list[int], dilation: list[int]
+) -> torch.Tensor:
+    """(batch, channels x kernel, positions) of what is padded already."""
+    if len(kernel) == 1:
+        value, kernel = value[:, :, None], [1, *kernel]
+        stride, dilation = [1, *stride], [1, *dilation]
+    if len(kernel) == 2:
+        return F.unfold(value, tuple(kernel), dilation=tuple(dilation), stride=tuple(stride))
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        # Each axis of positions leaves its windows at the end, in the order of the kernel.
+        value = value.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    batch, channels = value.shape[:2]
+    count = len(kernel)
+    back = (0, 1, *range(2 + count, 2 + 2 * count), *range(2, 2 + count))
+    return value.permute(back).reshape(batch, channels * math.prod(kernel), -1)
 
 
 def _each(value: Any, count: int) -> list[int]:

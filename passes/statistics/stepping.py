@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tag, fx
 
 from torchlathe.ir import Program
 from torchlathe.ir.provenance import info
@@ -20,8 +20,9 @@ __all__ = ["LockstepRun"]
 class LockstepRun:
     """The values of the nodes that are still to be read, for each batch.
 
-    Memory: the live values of all batches at once. Tensors of the program are read when they
-    are used, so that what is changed in time counts.
+    Memory: the live values of all batches at once; what no input goes into (a weight that is
+    computed from others) is computed once, for all batches. Tensors of the program are read when
+    they are used, so that what is changed in time counts.
 
     Args:
         program: What to run.
@@ -45,6 +46,7 @@ class LockstepRun:
         for node in program.graph.nodes:
             for used in node.all_input_nodes:
                 last[used] = node
+        self._fixed = _without_inputs(program)
         self._dying: dict[fx.Node, list[fx.Node]] = {}
         for used, user in last.items():
             self._dying.setdefault(user, []).append(used)
@@ -80,16 +82,29 @@ class LockstepRun:
         read = {used: self.value(used) for used in node.all_input_nodes}
         results = []
         with torch.no_grad():
-            for index in range(self.count):
+            for index in range(1 if node in self._fixed else self.count):
                 here = {used: values[index] for used, values in read.items()}
                 args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
                 results.append(node.target(*args, **kwargs))
-        self.values[node] = results
+        self.values[node] = results * self.count if node in self._fixed else results
         self.peak_bytes = max(self.peak_bytes, _bytes(self.values))
         for used in self._dying.get(node, ()):
             self.values.pop(used, None)
         if not node.users:
             del self.values[node]
+
+
+def _without_inputs(program: Program) -> frozenset[fx.Node]:
+    """The calls whose value is the same for every batch: nothing that they read comes from one."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.is_impure(impure_random=True):
+            continue
+        if Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        if all(used in found or info(used).tensor for used in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def _bytes(values: Mapping[fx.Node, Sequence[Any]]) -> int:

@@ -257,7 +257,9 @@ def test_balancing_helps_where_channels_are_large(spec: str) -> None:
     statistics = after.history[-1].statistics
     assert statistics["balanced"] > 0
     assert float(statistics["balance_error_ratio"]) < 1
-    assert error_of(program, after, data[1]) < error_of(program, before, data[1])
+    # On one batch of random tokens luck has a say; on the mean of four it has less.
+    errors = [sum(error_of(program, found, x) for x in data) for found in (before, after)]
+    assert errors[1] < errors[0]
 
 
 # -- budgets -------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def _transformer(name: str) -> tuple[nn.Module, list[tuple[Any, ...]]]:
 
 
 def _first(outputs: Any) -> torch.Tensor:
-    found = next(iter(outputs.values())) if hasattr(outputs, "values") else outputs
+    found = outputs if isinstance(outputs, torch.Tensor) else next(iter(outputs.values()))
     assert isinstance(found, torch.Tensor)
     return found
 

@@ -221,10 +221,10 @@ def test_moments_are_those_of_what_the_changed_layers_give(net):
             ]
         ).double()
     torch.testing.assert_close(
-        seen["head.weight"].moment[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-9
+        seen["head.weight"].moments[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-9
     )
-    assert seen["second.weight"].moment.shape == (2, 72, 72)
-    assert seen["second.weight"].rows == 2 * 8 * 64
+    assert [moment.shape for moment in seen["second.weight"].moments] == [(72, 72)] * 2
+    assert seen["second.weight"].counts == (2 * 8 * 64,) * 2
 
 
 def test_zeros_stay_while_healing(net):

@@ -232,6 +232,18 @@ def test_a_difference_is_measured_against_the_largest_output(program: Program) -
     assert "%linear_1 = aten.linear.default in 2" in found.detail
 
 
+def test_where_programs_begin_to_differ_is_looked_for_only_if_asked(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = edited(program, scaled(1.1))
+    with_place = check_equivalence(program, other)
+    assert "first node that differs" in (with_place.detail or "")
+    monkeypatch.setattr(equivalence, "_Watch", None)  # to look would be an error
+    found = check_equivalence(program, other, locate=False)
+    assert not found.passed
+    assert found.max_rel_error == with_place.max_rel_error
+
+
 def test_new_values_are_allowed_the_rounding_of_where_they_are_stored(program: Program) -> None:
     found = check_equivalence(program, edited(program, scaled(1 + 1e-6)))
     assert found.passed

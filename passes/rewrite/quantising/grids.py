@@ -10,8 +10,9 @@ them. The rest is own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +29,14 @@ from torchlathe.kernels.dequantize.formats import (
 )
 from torchlathe.kernels.dequantize.op import meaning
 
-__all__ = ["Clip", "Grid", "Quantised", "fit_grid", "quantised"]
+__all__ = ["Clip", "Grid", "Quantised", "blank", "fit_grid", "quantised", "stacked", "total_of"]
 
 Clip = Literal["none", "mse"]
 
 # Shares of the range that a search tries; all of it first, which wins a tie.
 _SHARES = tuple(1 - 0.03 * step for step in range(22))
+# Elements that a search holds in wide form at a time; rows do not depend on one another.
+_MANY = 2**20
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,13 @@ def quantised(
     Raises:
         OptionError: There is no such format, or the matrix is none.
     """
-    grid = fit_grid(weight, format, group=group, symmetric=symmetric, clip=clip,
-                    importance=importance)  # fmt: skip
-    return grid.quantised(grid.codes(weight.detach().to(grid.scales.dtype)))
+    whole = weight.detach()
+    fitted = _Fit.of(whole, format, group, symmetric, clip, importance)
+    parts = []
+    for rows in fitted.blocks(whole):
+        grid = fitted.grid(rows)
+        parts.append(grid.quantised(grid.codes(rows.to(grid.scales.dtype))))
+    return stacked(parts)
 
 
 def fit_grid(
@@ -179,87 +186,139 @@ def fit_grid(
     symmetric: bool = True,
     clip: Clip = "none",
     importance: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Grid:
-    """Scales and zero points for a matrix; the arguments are those of `quantised`.
+    """Scales and zero points for a matrix; the other arguments are those of `quantised`.
+
+    Args:
+        weight: (rows, columns), floating.
+        format: Name of the format.
+        group: Columns that share a scale; 0 for a whole row.
+        symmetric: Whether to do without zero points.
+        clip: How ranges are chosen.
+        importance: (columns,) how much the error of each column counts for that.
+        total: The one more scale of ``nvfp4``, where the matrix is a part of a larger one.
 
     Raises:
         OptionError: There is no such format, or the matrix is none.
     """
+    whole = weight.detach()
+    fitted = _Fit.of(whole, format, group, symmetric, clip, importance, total)
+    grids = [fitted.grid(rows) for rows in fitted.blocks(whole)]
+    first = grids[0]
+    zeros = (
+        None if first.zeros is None else torch.cat([g.zeros for g in grids if g.zeros is not None])
+    )
+    return replace(
+        first,
+        scales=torch.cat([grid.scales for grid in grids]),
+        stored=torch.cat([grid.stored for grid in grids]),
+        zeros=zeros,
+    )
+
+
+def total_of(weight: Tensor, format: str) -> Tensor | None:
+    """The one scale for all of a tensor, shape (), float32, of formats that have it."""
     form = format_of(format)
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise OptionError(f"expected a floating matrix, got {weight.dtype} {tuple(weight.shape)}")
-    columns = weight.shape[1]
-    group = form.block or group
-    group = 0 if group >= columns and form.block is None else group
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    parts = _grouped(weight.detach().to(dtype), group)
-    ranges = _Ranges.of(parts, form, symmetric=symmetric, narrow=group != 0)
-    if clip == "none":
-        return ranges.grid(1.0, columns, group)
-    counts = torch.ones(columns, dtype=dtype, device=weight.device)
-    counts = counts if importance is None else importance.to(counts)
-    weights = _grouped(counts[None], group)
-    best = torch.full(parts.shape[:2], torch.inf, dtype=dtype, device=weight.device)
-    chosen = torch.ones_like(best)
-    for share in _SHARES:
-        scales, zeros, _ = ranges.at(share)
-        numbers = encode(
-            parts / scales[..., None], form, None if zeros is None else zeros[..., None]
-        )
-        back = decode(numbers, form, None if zeros is None else zeros[..., None], dtype)
-        loss = ((back * scales[..., None] - parts).square_() * weights).sum(-1)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        chosen = torch.where(better, share, chosen)
-    return ranges.grid(chosen, columns, group)
+    if form.scales != "e4m3":
+        return None
+    low, high = weight.aminmax() if weight.numel() else (weight.new_zeros(()),) * 2
+    # The largest group has the largest scale that e4m3 has.
+    total = (torch.maximum(-low, high).double() / (form.most * 448)).to(torch.float32)
+    return torch.where(total > 0, total, torch.ones_like(total))
 
 
 @dataclass(frozen=True)
-class _Ranges:
-    """The lowest and highest value of each group, which scales are made of."""
+class _Fit:
+    """How the scales of any rows of a matrix are chosen."""
 
     form: Format
-    low: Tensor
-    high: Tensor
+    columns: int
+    group: int
     symmetric: bool
-    narrow: bool
+    clip: Clip
+    dtype: torch.dtype
+    importance: Tensor | None
     total: Tensor | None
 
     @classmethod
-    def of(cls, parts: Tensor, form: Format, *, symmetric: bool, narrow: bool) -> _Ranges:
-        """Of a matrix in groups, (rows, groups, columns of a group)."""
-        if symmetric or not form.integer:
-            high = parts.abs().amax(-1)
-            low = -high
-        else:
-            low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
-        total = None
-        if form.scales == "e4m3":
-            # The largest group has the largest scale that e4m3 has.
-            total = (high.amax() / (form.most * 448)).to(torch.float32)
-            total = torch.where(total > 0, total, torch.ones_like(total))
-        return cls(form, low, high, symmetric, narrow, total)
+    def of(
+        cls,
+        weight: Tensor,
+        format: str,
+        group: int,
+        symmetric: bool,
+        clip: Clip,
+        importance: Tensor | None,
+        total: Tensor | None = None,
+    ) -> _Fit:
+        form = format_of(format)
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise OptionError(
+                f"expected a floating matrix, got {weight.dtype} {tuple(weight.shape)}"
+            )
+        columns = weight.shape[1]
+        group = form.block or group
+        group = 0 if group >= columns and form.block is None else group
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        total = total_of(weight, format) if total is None else total
+        return cls(form, columns, group, symmetric, clip, dtype, importance, total)
 
-    def at(self, share: float | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scales as numbers, zero points, and scales as stored, for a share of the ranges."""
-        low, high = self.low * share, self.high * share
-        if self.symmetric or not self.form.integer:
-            scales, stored = self._stored(high / self.form.most)
+    def blocks(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """A matrix in blocks of few rows."""
+        found: tuple[Tensor, ...] = weight.split(max(1, _MANY // max(1, self.columns)))
+        return found
+
+    def grid(self, rows: Tensor) -> Grid:
+        """The grid of some rows."""
+        parts = _grouped(rows.to(self.dtype), self.group)
+        choices = _choices(parts, self.form, symmetric=self.symmetric or not self.form.integer)
+        chosen = choices[0] if len(choices) == 1 and self.clip == "none" else None
+        if chosen is None:
+            chosen = self._best(parts, choices)
+        scales, zeros, stored = self._at(*chosen)
+        return Grid(self.form, self.columns, self.group, scales, zeros, stored, self.total)
+
+    def _best(self, parts: Tensor, choices: Sequence[_Range]) -> _Range:
+        """Of the ranges, and of shares of the last, that of least squared error for each group."""
+        counts = torch.ones(self.columns, dtype=self.dtype, device=parts.device)
+        if self.importance is not None and self.clip == "mse":
+            counts = self.importance.to(counts)
+        weights = _grouped(counts[None], self.group)
+        best = torch.full(parts.shape[:2], torch.inf, dtype=self.dtype, device=parts.device)
+        chosen = choices[0]
+        tried = list(choices)
+        if self.clip == "mse":
+            low, high = choices[-1]
+            tried += [_Range(low * share, high * share) for share in _SHARES[1:]]
+        for low, high in tried:
+            scales, zeros, _ = self._at(low, high)
+            own = None if zeros is None else zeros[..., None]
+            numbers = encode(parts / scales[..., None], self.form, own)
+            back = decode(numbers, self.form, own, self.dtype)
+            loss = ((back * scales[..., None] - parts).square_() * weights).sum(-1)
+            better = loss < best
+            best = torch.where(better, loss, best)
+            chosen = _Range(
+                torch.where(better, low, chosen.low), torch.where(better, high, chosen.high)
+            )
+        return chosen
+
+    def _at(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Scales as numbers, zero points, and scales as stored, for ranges of groups."""
+        form = self.form
+        if self.symmetric or not form.integer:
+            scales, stored = self._stored(high)
             return scales, None, stored
-        scales, stored = self._stored((high - low) / (2**self.form.bits - 1))
-        lowest = float(self.form.least) if self.form.bits == 8 else 0.0
+        scales, stored = self._stored((high - low) / (2**form.bits - 1))
+        lowest = float(form.least) if form.bits == 8 else 0.0
         zeros = (lowest - low / scales).round()
-        return scales, zeros.clamp(lowest, lowest + 2**self.form.bits - 1), stored
-
-    def grid(self, share: float | Tensor, columns: int, group: int) -> Grid:
-        """The grid for a share of each range."""
-        scales, zeros, stored = self.at(share)
-        return Grid(self.form, columns, group, scales, zeros, stored, self.total)
+        return scales, zeros.clamp(lowest, lowest + 2**form.bits - 1), stored
 
     def _stored(self, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Rounded up to what can be stored, so that nothing is clipped; one for empty groups."""
-        dtype = scales.dtype
-        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+        dtype, narrow = scales.dtype, self.group != 0
+        scales = torch.where(scales != 0, scales, torch.ones_like(scales))
         if self.form.scales == "e8m0":
             stored = (scales.log2().ceil() + 127).clamp(0, 254).to(torch.uint8)
         elif self.form.scales == "e4m3":
@@ -269,12 +328,51 @@ class _Ranges:
             up = (wanted * (1 + 2.0**-4)).clamp(2.0**-9, 448.0).to(torch.float32)
             stored = up.to(torch.float8_e4m3fn).view(torch.uint8)
         else:
-            kind = torch.bfloat16 if self.narrow else torch.float32
-            kind = torch.float64 if dtype == torch.float64 and not self.narrow else kind
+            kind = torch.bfloat16 if narrow else torch.float32
+            kind = torch.float64 if dtype == torch.float64 and not narrow else kind
             finfo = torch.finfo(kind)
-            up = scales * (1 + finfo.eps) if kind != dtype else scales
-            stored = up.clamp(finfo.tiny, finfo.max).to(kind)
+            up = scales.abs()
+            if kind != dtype:
+                # To the next number that there is, unless it is one already.
+                near = up.to(kind).to(dtype)
+                up = torch.where(near < up, near * (1 + 0.75 * finfo.eps), near)
+            stored = up.clamp(finfo.tiny, finfo.max).copysign(scales).to(kind)
         return decode_scales(stored, self.form, self.total, dtype), stored
+
+
+class _Range(NamedTuple):
+    """What the numbers of groups are to cover, (rows, groups) each.
+
+    With zero points the lowest and the highest value; without, ``high`` is the step itself, whose
+    sign says which side has one number more, and ``low`` is nothing.
+    """
+
+    low: Tensor
+    high: Tensor
+
+
+def _choices(parts: Tensor, form: Format, *, symmetric: bool) -> list[_Range]:
+    """Ranges that leave every value within half a step.
+
+    A symmetric format of b bits has one number more below zero than above. Where the largest
+    magnitude of a group is let fall on that side, by the sign of the scale, and half a step beyond
+    the last number is used as well, -2^(b-1) - 1/2 to 2^(b-1) - 1/2 are covered instead of
+    -2^(b-1) + 1 to 2^(b-1) - 1. That is the smaller step; the plain one represents the largest
+    magnitude itself, as values that were rounded before need it.
+    """
+    low, high = parts.amin(-1), parts.amax(-1)
+    if not symmetric:
+        return [_Range(low.clamp(max=0), high.clamp(min=0))]
+    most = torch.maximum(-low, high)
+    plain = _Range(most, most / form.most)
+    if not form.integer:
+        return [plain]
+    if form.bits == 8:
+        # The one number more is not worth a sign: 127 and a half cover both sides.
+        return [plain, _Range(most, most / (form.most + 0.5))]
+    other = torch.minimum(-low, high).clamp(min=0)
+    step = torch.maximum(most / (0.5 - form.least), other / (form.most + 0.5))
+    return [plain, _Range(most, torch.where(high > -low, -step, step))]
 
 
 def _grouped(matrix: Tensor, group: int) -> Tensor:
@@ -284,6 +382,19 @@ def _grouped(matrix: Tensor, group: int) -> Tensor:
     missing = -matrix.shape[1] % group
     parts: Tensor = F.pad(matrix, (0, missing)).unflatten(1, (-1, group))
     return parts
+
+
+def blank(weight: Tensor, format: str, *, group: int, symmetric: bool) -> Quantised:
+    """The stored form of a matrix of this shape and type, with nothing but zeros in it."""
+    one = quantised(torch.zeros_like(weight[:1]), format, group=group, symmetric=symmetric)
+
+    def repeated(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.expand(len(weight), -1).contiguous()
+
+    values, scales = repeated(one.values), repeated(one.scales)
+    assert values is not None
+    assert scales is not None
+    return replace(one, values=values, scales=scales, zeros=repeated(one.zeros))
 
 
 def stacked(parts: list[Quantised]) -> Quantised:

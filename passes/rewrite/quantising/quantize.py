@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -12,7 +11,8 @@ from torch import fx
 
 from torchlathe.ir import OptionError, Program
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
-from torchlathe.passes.quantities import BYTES, quantity
+from torchlathe.passes.quantities import quantity
+from torchlathe.passes.rewrite.allocation.budgets import UNITS
 from torchlathe.passes.rewrite.factorising.sites import (
     Site,
     chosen_sites,
@@ -22,7 +22,7 @@ from torchlathe.passes.rewrite.factorising.sites import (
 from torchlathe.passes.rewrite.factorising.telling import left_alone, listed
 from torchlathe.passes.rewrite.quantising.balancing import Balance, balance
 from torchlathe.passes.rewrite.quantising.facts import Unpacked
-from torchlathe.passes.rewrite.quantising.grids import Clip, quantised
+from torchlathe.passes.rewrite.quantising.grids import Clip, Quantised, blank, quantised
 from torchlathe.passes.rewrite.quantising.mixing import mix
 from torchlathe.passes.rewrite.quantising.rotating import rotate
 from torchlathe.passes.rewrite.quantising.schemes import SCHEMES, Scheme, scheme_of
@@ -32,6 +32,7 @@ from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
 from torchlathe.passes.rewrite.sweeping.sweep import relative_error
 from torchlathe.passes.statistics import Reader, readers_of
 from torchlathe.passes.statistics.readers import unfolds
+from torchlathe.passes.statistics.routed import Routed, routed_reader
 from torchlathe.passes.statistics.running import need_data
 from torchlathe.passes.statistics.storage import usable_folder
 
@@ -118,10 +119,17 @@ class Quantize(RewritePass):
             "as 40MB; each layer gets the scheme that the outputs allow it"
         },
     )
+    latency: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "of the measured time of the whole model on the example inputs: a share, or an "
+            "amount such as 5ms; alone or together with bytes"
+        },
+    )
     schemes: tuple[SchemeName, ...] = field(
         default=(),
         metadata={
-            "help": "of bytes: what a layer may get, besides staying as it is; by default the "
+            "help": "of budgets: what a layer may get, besides staying as it is; by default the "
             "scheme and those of 4 and 8 bits with like activations"
         },
     )
@@ -137,7 +145,10 @@ class Quantize(RewritePass):
     )
     damping: float = field(
         default=0.01,
-        metadata={"help": "of gptq: added to the diagonal of the moments, relative to its mean"},
+        metadata={
+            "help": "of gptq: added to the diagonal of the moments at least, relative to its mean; "
+            "more where few rows of data tell little"
+        },
     )
     act_order: bool = field(
         default=True,
@@ -167,14 +178,14 @@ class Quantize(RewritePass):
             raise OptionError(
                 f"damping is {self.damping}, but must be above 0 and at most 1", where=self.name
             )
-        if self.schemes and self.bytes is None:
+        if self.schemes and not self._budgets:
             raise OptionError(
                 "schemes are what a budget chooses from, and there is none",
                 where=self.name,
                 hint="give bytes=0.25, or scheme for all layers",
             )
-        if self.bytes is not None:
-            quantity(self.bytes, BYTES, name="bytes", where=self.name)
+        for name, asked in self._budgets.items():
+            quantity(asked, UNITS[name], name=name, where=self.name)
         if self.pattern is not None:
             self._check_pattern()
         if self.checkpoint is not None and self.method != "gptq":
@@ -198,6 +209,11 @@ class Quantize(RewritePass):
                 where=self.name,
                 hint="give N:M, or make zeros first: sparsify-nm, then quantize",
             )
+
+    @property
+    def _budgets(self) -> dict[str, float | str]:
+        asked = {"bytes": self.bytes, "latency": self.latency}
+        return {name: amount for name, amount in asked.items() if amount is not None}
 
     @property
     def _pattern(self) -> Pattern | None:
@@ -232,7 +248,7 @@ class Quantize(RewritePass):
         refuse_not_finite(program, sites)
         plans, diagnostics = _plans(program, sites, self._scheme, left)
         mixed: dict[str, int | float | str] = {}
-        if self.bytes is not None and plans:
+        if self._budgets and plans:
             need_data(ctx, "the schemes of layers are chosen by what they do to the outputs on it")
             plans, mixed = self._mixed(program, ctx, plans, left)
         if not plans:
@@ -244,11 +260,10 @@ class Quantize(RewritePass):
             moved["rotated"] = rotate(program, ctx)
         if self.balance != "none":
             moved |= balance(program, ctx, plans, self.balance, self.clip, insert=self.insert)
-        readers = readers_of(program) if self.method == "gptq" else {}
+        readers = readers_of(program) if self.method == "gptq" else None
         layers = self._round(program, ctx, plans, readers)
-        outcomes: dict[str, Outcome] = {}
-        if self.method == "gptq":
-            outcomes = self._sweep(program, ctx, layers)
+        outcomes = self._sweep(program, ctx, layers)
+        layers = [layer.after(outcomes.get(layer.site.weight)) for layer in layers]
         diagnostics += [*_told(layers, outcomes), *left_alone(left)]
         statistics = {**_statistics(program, layers, outcomes, bytes_before), **moved, **mixed}
         return PassResult(True, statistics, diagnostics, details=_details(layers, outcomes))
@@ -257,7 +272,6 @@ class Quantize(RewritePass):
         self, program: Program, ctx: PassContext, plans: Mapping[Site, Scheme], left: dict[str, str]
     ) -> tuple[dict[Site, Scheme], dict[str, int | float | str]]:
         """A scheme for each layer within the budget; those that get none are left alone."""
-        assert self.bytes is not None
         alike = [n for n in _MIXED if SCHEMES[n].activations == self._scheme.activations]
         names = self.schemes or tuple(dict.fromkeys((self.scheme, *alike)))
         allowed: dict[Site, list[Scheme]] = {site: [] for site in plans}
@@ -265,13 +279,12 @@ class Quantize(RewritePass):
             own = self._scheme if name == self.scheme else SCHEMES[name]
             for site, scheme in _plans(program, list(plans), own, {})[0].items():
                 allowed[site].append(scheme)
-        found = mix(program, ctx, allowed, self.bytes, self.clip, self.name)
+        found = mix(program, ctx, allowed, self._budgets, self.clip, self.name)
         left |= dict.fromkeys(found.dense, "the budget leaves it as it is")
         return found.plans, {
             "left_dense": len(found.dense),
             "expected_output_error": found.expected,
-            "bytes_of_layers": int(found.spent),
-            "bytes_allowed": int(found.allowed),
+            **found.amounts,
         }
 
     def _round(
@@ -279,32 +292,27 @@ class Quantize(RewritePass):
         program: Program,
         ctx: PassContext,
         plans: Mapping[Site, Scheme],
-        readers: Mapping[fx.Node, Reader],
+        readers: Mapping[fx.Node, Reader] | None,
     ) -> list[_Layer]:
         layers = []
         rounded: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         with program.edit(by=ctx.spec) as edit:
             for number, (site, scheme) in enumerate(plans.items()):
                 ctx.report(f"rounding {site.weight} ({number + 1}/{len(plans)})")
-                start = time.perf_counter()
-                weight = matrix_of(site, program.tensor(site.weight).detach())
-                reader = _reader_of(site, readers)
-                # What is swept later is rounded here only to have a form.
-                later = self.method == "gptq" and reader is not None
-                stored = quantised(
-                    weight,
-                    scheme.weights,
-                    group=scheme.group,
-                    symmetric=scheme.symmetric,
-                    clip="none" if later else self.clip,
-                )
-                error = relative_error(weight, stored.dequantised(torch.float32))
+                weight = program.tensor(site.weight).detach()
+                matrix = matrix_of(site, weight)
+                reader = None if readers is None else _reader_of(site, readers)
+                how: dict[str, Any] = {"group": scheme.group, "symmetric": scheme.symmetric}
+                error = 0.0
+                if reader is None:
+                    stored = quantised(matrix, scheme.weights, clip=self.clip, **how)
+                    error = _error(matrix, stored)
+                else:
+                    # What is swept later needs no more than its form here.
+                    stored = blank(matrix, scheme.weights, **how)
                 written = write(edit, site, stored, scheme.activations, rounded)
-                seconds = time.perf_counter() - start
-                job = None
-                if later and reader is not None and written.calls:
-                    job = Job(written, weight, scheme, reader)
-                layers.append(_Layer(site, scheme, written, error, stored.nbytes, seconds, job))
+                job = None if reader is None else Job(written, weight, scheme, reader)
+                layers.append(_Layer(site, scheme, written, error, stored.nbytes, job))
         return layers
 
     def _sweep(
@@ -325,7 +333,7 @@ class _Layer:
     """What became of one site.
 
     Attributes:
-        error: Relative squared error of the weight, as it was rounded to nearest.
+        error: Relative squared error of the weight.
         job: What is still to be swept, or None.
     """
 
@@ -334,13 +342,22 @@ class _Layer:
     written: Written
     error: float
     nbytes: int
-    seconds: float
     job: Job | None
 
+    def after(self, outcome: Outcome | None) -> _Layer:
+        """As it is when it was swept."""
+        return self if outcome is None else replace(self, error=outcome.weight, job=None)
 
-def _reader_of(site: Site, readers: Mapping[fx.Node, Reader]) -> Reader | None:
+
+def _error(matrix: torch.Tensor, stored: Quantised) -> float:
+    return relative_error(matrix, stored.dequantised(matrix.dtype))
+
+
+def _reader_of(site: Site, readers: Mapping[fx.Node, Reader]) -> Reader | Routed | None:
     """How the first product of a site reads its input, where columns can be told apart."""
     for call in site.calls:
+        if site.kind == "experts":
+            return routed_reader(call)
         reader = readers.get(call)
         # Rows of a tied embedding are looked up long before its product is swept.
         if reader is not None and site.kind == "linear":
@@ -369,7 +386,7 @@ def _plans(
     told = []
     if small:
         text = f"one scale a row, for rows shorter than a group of {scheme.group}: {listed(small)}"
-        told.append(Diagnostic("note", text, name=small[0]))
+        told.append(Diagnostic("warning", text, name=small[0]))
     return plans, told
 
 

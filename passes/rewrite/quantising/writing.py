@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,8 @@ def write(
     old = program.tensor(site.weight)
     node = program.tensor_nodes[site.weight]
     users = list(node.users)
+    if site.kind == "experts":
+        _move_views(site, users)
     place = {node: i for i, node in enumerate(program.graph.nodes)}
     products = [user for user in users if user.target is not aten.embedding.default] or users
     first = min(products, key=place.__getitem__)
@@ -76,6 +79,8 @@ def write(
     plain = plain and site.kind != "experts"
     shape = site.shape if plain else tuple(stored.values.shape)
     written = Written(site, {}, shape)
+    if site.kind == "experts":
+        written.calls += site.calls  # these stay as they are
     if plain:
         edit.set_tensor(site.weight, stored.values.reshape(shape))
         values, written.tensors["values"] = node, site.weight
@@ -116,6 +121,17 @@ def write(
             data = _rounded(edit, site, call, data, activations, rounded)
         written.calls.append(_call(edit, site, call, node, data, weight))
     return written
+
+
+def _move_views(site: Site, users: Sequence[fx.Node]) -> None:
+    """Put transposes of experts' weights right before the products that read them.
+
+    A weight is then computed where all that its layer reads is there: sweeps stop at that place.
+    """
+    for view in users:
+        if view not in site.calls:
+            place = {node: i for i, node in enumerate(view.graph.nodes)}
+            min(view.users, key=place.__getitem__).prepend(view)
 
 
 def rewrite(edit: Edit, written: Written, stored: Quantised) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import fx
 
 from torchlathe.ir import Edit, OptionError, Program
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
@@ -20,9 +20,11 @@ from torchlathe.passes.rewrite.factorising.sites import (
 from torchlathe.passes.rewrite.factorising.telling import left_alone
 from torchlathe.passes.rewrite.sparsifying.solving import Method, Solved, solve
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
+from torchlathe.passes.rewrite.sweeping.sweep import damping_of, naming
 from torchlathe.passes.statistics import Reader, readers_of
-from torchlathe.passes.statistics.arriving import arrivals
+from torchlathe.passes.statistics.arriving import Arrival, arrivals
 from torchlathe.passes.statistics.readers import unfolds
+from torchlathe.passes.statistics.routed import Routed, routed_reader
 from torchlathe.passes.statistics.running import flat_batches, need_data
 
 __all__ = ["SparsifyNM"]
@@ -71,7 +73,10 @@ class SparsifyNM(RewritePass):
     )
     damping: float = field(
         default=0.01,
-        metadata={"help": "of sparsegpt: added to the diagonal of the moments, over its mean"},
+        metadata={
+            "help": "of sparsegpt: added to the diagonal of the moments at least, over its mean; "
+            "more where few rows of data tell little"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -125,8 +130,10 @@ class SparsifyNM(RewritePass):
 
     def _solve(self, program: Program, ctx: PassContext, sites: Sequence[Site]) -> list[_Layer]:
         readers = readers_of(program) if self.method != "magnitude" else {}
-        by_call = {site.calls[0]: site for site in sites}
-        known = {by_call[node]: r for node, r in readers.items() if _fits(by_call.get(node), r)}
+        known = {}
+        for site in sites if self.method != "magnitude" else ():
+            if (reader := _reader(site, readers)) is not None:
+                known[site] = reader
         blind = [site for site in sites if site not in known]
         found: dict[Site, _Layer] = {}
         with program.edit(by=ctx.spec) as edit:
@@ -138,8 +145,9 @@ class SparsifyNM(RewritePass):
                 of = {reader.node: site for site, reader in known.items()}
                 for arrival in arrivals(program, batches, list(known.values())):
                     site = of[arrival.reader.node]
-                    self._one(edit, ctx, site, arrival.moment, len(sites), found)
-                    _warn_of_few(ctx, site, arrival.rows)
+                    with naming(site.weight):
+                        self._one(edit, ctx, site, arrival, len(sites), found)
+                    _warn_of_few(ctx, site, min(arrival.counts))
         return [found[site] for site in sites]
 
     def _one(
@@ -147,19 +155,21 @@ class SparsifyNM(RewritePass):
         edit: Edit,
         ctx: PassContext,
         site: Site,
-        moments: Tensor | None,
+        arrival: Arrival | None,
         count: int,
         found: dict[Site, _Layer],
     ) -> None:
         ctx.report(f"zeros in {site.weight} ({len(found) + 1}/{count})")
         old = edit.program.tensor(site.weight).detach()
-        method: Method = "magnitude" if moments is None else self.method
+        method: Method = "magnitude" if arrival is None else self.method
         solved = []
         for group, matrix in enumerate(site.matrices(old)):
             order = site.channels_last(matrix.device)
-            moment = None if moments is None else moments[group][order][:, order]
-            one = solve(matrix[:, order], moment, self._pattern, method, damping=self.damping)
-            solved.append(one)
+            moment, damping = None, self.damping
+            if arrival is not None:
+                moment = arrival.moments[group][order[:, None], order]
+                damping = damping_of(moment, arrival.counts[group], self.damping)
+            solved.append(solve(matrix[:, order], moment, self._pattern, method, damping=damping))
         back = site.channels_last(old.device).argsort()
         new = site.weight_from(torch.stack([one.weight[:, back] for one in solved]))
         edit.set_tensor(site.weight, new.to(old.dtype).contiguous())
@@ -192,11 +202,14 @@ class _Layer:
         return sum(one.magnitude for one in self.solved) / len(self.solved)
 
 
-def _fits(site: Site | None, reader: Reader) -> bool:
-    """Whether the features of a reader are the columns of the site."""
-    if site is None:
-        return False
-    return site.kind == "linear" or (site.kind == "convolution" and unfolds(reader))
+def _reader(site: Site, readers: Mapping[fx.Node, Reader]) -> Reader | Routed | None:
+    """How the first call of a site reads its data, if features are the columns of the site."""
+    if site.kind == "experts":
+        return routed_reader(site.calls[0])
+    reader = readers.get(site.calls[0])
+    if reader is None or site.kind == "embedding":
+        return None
+    return reader if site.kind == "linear" or unfolds(reader) else None
 
 
 def _width(site: Site, pattern: Pattern) -> int:

@@ -8,22 +8,38 @@ projection that does both.
 
 Source: GPTQ (arXiv 2210.17323, algorithm 1, and its lazy batches); OBC (arXiv 2208.11580) for the
 update; SparseGPT (arXiv 2301.00774) for masks that are chosen on the way. U is found here by one
-Cholesky factorisation from the end and one triangular inverse, with no inverse of H in between.
+Cholesky factorisation from the end and one triangular inverse, with no inverse of H in between: two
+matrices of the size of H are held beside it, which for wide layers is most of what a sweep takes.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torchlathe.ir import Error
+from torchlathe.ir import Error, InputError
 
-__all__ = ["Projection", "Swept", "order_by_activity", "relative_error", "sweep"]
+__all__ = [
+    "Projection",
+    "Swept",
+    "damping_of",
+    "naming",
+    "order_by_activity",
+    "relative_error",
+    "sweep",
+]
 
 _BLOCK = 128
+# The largest share of the identity in a moment.
+_MOST = 0.999
+# Elements of a matrix that are looked at together.
+_MANY = 2**21
 
 
 class Projection(Protocol):
@@ -108,13 +124,14 @@ def sweep(
     order = torch.arange(columns, device=weight.device) if order is None else order
     # Transposed, so that a column lies in one piece.
     work = weight.to(moment.dtype)[:, order].t().contiguous()
-    factor, used = _factor(moment[order][:, order], damping)
+    flipped, used = _factor(moment, order, damping)
     span = projection.span
     block = max(block // span, 1) * span if span else block
     done = torch.empty_like(work)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        here = factor[start:stop, start:stop]
+        rows = slice(columns - stop, columns - start)
+        here = flipped[rows, rows].flip(0, 1)
         part = work[start:stop]
         for j in range(stop - start):
             if span and j % span == 0:
@@ -126,30 +143,86 @@ def sweep(
             # From here on the row holds the error instead of the value.
             part[j].sub_(new).div_(here[j, j])
             part[j + 1 :].addr_(here[j, j + 1 :], part[j], alpha=-1)
-        work[stop:].addmm_(factor[start:stop, stop:].t(), part, alpha=-1)
+        work[stop:].addmm_(flipped[rows, : columns - stop].flip(0, 1).t(), part, alpha=-1)
     result = torch.empty_like(done)
     result[order] = done
     return Swept(result.t(), used)
 
 
-def _factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U with ``(H + damping)^-1 = U' U``, and the damping that it took."""
-    if not bool(torch.isfinite(moment).all()):
+def damping_of(moment: Tensor, rows: int, least: float) -> float:
+    """How much a moment of so many rows is to be damped, relative to the mean of its diagonal.
+
+    A moment of few rows shows directions in which nothing seems to matter and others that seem to
+    matter more than they do: what a sweep makes up for on these rows it spoils on others. Damping
+    is shrinkage towards a multiple of the identity, ``(1 - r) H + r mean``, and its best share r
+    can be told from H itself: for rows that are drawn from a normal distribution
+
+        r = ((1 - 2/p) tr(H^2) + tr(H)^2) / ((n + 1 - 2/p) (tr(H^2) - tr(H)^2 / p)),  at most 1
+
+    with p columns and n rows. Where all directions are alike it is 1, and the sweep rounds to
+    nearest.
+
+    Source: oracle approximating shrinkage, Chen, Wiesel, Eldar and Hero (IEEE Transactions on
+    Signal Processing 58, 2010, equation 23); its use here is own.
+
+    Args:
+        moment: (columns, columns).
+        rows: How many it is the mean of.
+        least: What it is at least.
+    """
+    columns = len(moment)
+    trace = float(moment.diagonal().sum())
+    squares = sum(float(part.square().sum()) for part in moment.split(256))
+    apart = squares - trace * trace / columns
+    if not math.isfinite(apart) or trace <= 0 or columns < 2:
+        return least
+    over = (1 - 2 / columns) * squares + trace * trace
+    under = (rows + 1 - 2 / columns) * apart
+    # At the end a thousand times the mean: rounding to nearest, but for rounding.
+    share = _MOST if over >= _MOST * under else over / under
+    return max(least, share / (1 - share))
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Say of an error in a sweep which layer it is about.
+
+    Raises:
+        InputError: Whatever `sweep` raised.
+    """
+    try:
+        yield
+    except Error as error:
+        raise InputError(
+            f"{layer} cannot be swept: {error.message}",
+            where=layer,
+            hint="look for NaN and infinity in the calibration data and in the layers before",
+        ) from error
+
+
+def _factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U with ``(H + damping)^-1 = U' U``, last row and column first, and the damping that it took.
+
+    H is the moment with its columns in the order of the sweep.
+    """
+    mean = float(moment.diagonal().mean())
+    if not math.isfinite(float(moment.sum())):
         raise Error("the data that a layer reads has values that are not finite")
-    diagonal = moment.diagonal()
-    mean = float(diagonal.mean())
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     if mean <= 0:
-        return identity, damping  # no data excites anything: nothing to make up for
+        # No data excites anything: there is nothing to make up for.
+        return torch.eye(len(moment), dtype=moment.dtype, device=moment.device), damping
+    back = order.flip(0)
     while True:
-        damped = moment.clone()
+        damped = moment[back[:, None], back]
         damped.diagonal().add_(damping * mean)
         # Column by column the inverse of a lower factor of the flipped matrix, flipped back, is U.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not bool(failed) and bool(torch.isfinite(lower).all()):
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            if bool(torch.isfinite(upper).all()):
-                return upper, damping
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if not bool(failed) and math.isfinite(float(lower.sum())):
+            found = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+            torch.linalg.solve_triangular(lower, found, upper=False, out=found)
+            if math.isfinite(float(found.sum())):
+                return found, damping
         damping = max(10 * damping, 1e-6)
         if damping > 1e6:
             raise Error("the second moment of what a layer reads is no moment: it has no factor")
@@ -164,9 +237,17 @@ def relative_error(weight: Tensor, after: Tensor, moment: Tensor | None = None) 
         moment: (columns, columns) second moment of what it is multiplied with; None for white.
     """
     dtype = torch.float64 if moment is None else moment.dtype
-    old, gap = weight.to(dtype), after.to(dtype) - weight.to(dtype)
+    whole = lost = 0.0
+    # A few rows at a time: wide copies of a whole layer would be most of what a pass holds.
+    few = max(1, _MANY // max(1, weight.shape[1]))
+    for old, new in zip(weight.split(few), after.split(few), strict=True):
+        wide = old.to(dtype)
+        whole += _squares(wide, moment)
+        lost += _squares(new.to(dtype) - wide, moment)
+    return max(0.0, lost) / max(whole, torch.finfo(dtype).tiny)
+
+
+def _squares(matrix: Tensor, moment: Tensor | None) -> float:
     if moment is None:
-        whole, lost = old.square().sum(), gap.square().sum()
-    else:
-        whole, lost = ((m @ moment * m).sum() for m in (old, gap))
-    return max(0.0, float(lost)) / max(float(whole), torch.finfo(dtype).tiny)
+        return float(matrix.square().sum())
+    return float((matrix @ moment).mul_(matrix).sum())
