@@ -16,20 +16,17 @@ import torch
 from torchlathe.backends.base import Backend, FlatCallable, Lowerable, capabilities_of
 from torchlathe.backends.eager import Eager
 from torchlathe.backends.examples import flat_examples, grown_inputs
+from torchlathe.backends.rounding import rounds
 from torchlathe.ir import BackendError, Error, Program
 from torchlathe.ir.equivalence import computed_in, difference
 from torchlathe.ir.inputs import input_paths
 
-__all__ = ["Agreement", "DisagreementError", "check_agreement", "rounds"]
-
-aten = torch.ops.aten
+__all__ = ["Agreement", "DisagreementError", "check_agreement"]
 
 # Where activations are rounded to integers, a last bit that differs takes a value to the next
 # step, and later layers see it. The result is as far away as the rounding itself is from no
 # rounding: a few per cent of the norm with 8 bits. A wrong layout or scale is far above it.
 _ROUNDED = 5e-2
-_ROUNDS = frozenset({aten.round.default, aten.round.decimals})
-_INTEGERS = (torch.int8, torch.uint8)
 
 
 class DisagreementError(BackendError):
@@ -89,32 +86,6 @@ def check_agreement(backend: Backend, source: Lowerable, run: FlatCallable) -> A
         sizes += 1
     name = str(dtype).removeprefix("torch.")
     return Agreement(worst, tolerance, name, sizes)
-
-
-def rounds(program: Program) -> bool:
-    """Whether the program rounds activations to integers."""
-    return any(
-        node.op == "call_function"
-        and (node.target in _ROUNDS or _to_integers(node))
-        and any("val" in used.meta for used in node.all_input_nodes)
-        for node in program.nodes
-    )
-
-
-def _to_integers(node: torch.fx.Node) -> bool:
-    """Whether floating values go into a node, and integers of few bits come out."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    own = str(node.target).startswith("torchlathe")
-    return own or any(
-        isinstance(v, torch.Tensor)
-        and v.dtype in _INTEGERS
-        and any(
-            isinstance(a := used.meta.get("val"), torch.Tensor) and a.is_floating_point()
-            for used in node.all_input_nodes
-        )
-        for v in values
-    )
 
 
 def _trials(program: Program, dynamic: bool) -> list[tuple[str, Sequence[Any]]]:

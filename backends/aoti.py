@@ -15,6 +15,7 @@ import torch
 
 from torchlathe.backends.base import Capabilities, Configured, Lowerable
 from torchlathe.backends.exporting import Boundary, exported_program
+from torchlathe.backends.inductor import stored_values
 from torchlathe.ir import BackendError
 from torchlathe.ir.files import copy_file
 from torchlathe.ir.quiet import quiet_torch
@@ -63,6 +64,7 @@ class AOTInductor(Configured):
             },
             **({"freezing": True} if self.freezing else {}),
             **({"max_autotune": True} if self.autotune else {}),
+            **stored_values(source),
             **dict(self.options or {}),
         }
         try:

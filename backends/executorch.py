@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from torchlathe.backends.base import Capabilities, Configured, Lowerable
 from torchlathe.backends.exporting import Boundary, exported_program
+from torchlathe.backends.meanings import meaning_of
 from torchlathe.ir import BackendError, OptionError
 from torchlathe.ir.files import atomic
 from torchlathe.ir.quiet import quiet_torch
@@ -23,7 +25,8 @@ class ExecuTorch(Configured):
     """Lowers by ``executorch.exir``, and runs in ExecuTorch's Python runtime.
 
     ``compiled.export("model.pte")`` writes the program. Memory is planned ahead for the largest
-    size of each dynamic dimension, hence the limit on those that have none of their own.
+    size of each dynamic dimension, hence the limit on those that have none of their own. Weights of
+    few bits are stored as floating ones; activations that a program rounds are rounded.
 
     Args:
         xnnpack: Give what XNNPACK takes to it; the rest runs in portable kernels, which are slow.
@@ -64,7 +67,7 @@ class ExecuTorch(Configured):
         from executorch.exir import to_edge_transform_and_lower
         from executorch.runtime import Runtime
 
-        exported, boundary = exported_program(source, largest=self.largest)
+        exported, boundary = exported_program(source, largest=self.largest, rewrite=_dequantised)
         try:
             with quiet_torch(), torch.no_grad():
                 edge = to_edge_transform_and_lower(exported, partitioner=self._partitioners())
@@ -85,6 +88,36 @@ class ExecuTorch(Configured):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
         return [XnnpackPartitioner()]
+
+
+def _dequantised(module: fx.GraphModule) -> None:
+    """Store floating weights for those of few bits.
+
+    XNNPACK takes a stored integer for one of its own quantised types, and multiplies by a scale
+    that nobody gave it.
+    """
+    graph = module.graph
+    for number, node in enumerate(list(graph.nodes)):
+        if str(node.target) != "torchlathe.dequantize.default":
+            continue
+        tensors = {n: _stored(module, n) for n in node.all_input_nodes}
+        if any(tensor is None for tensor in tensors.values()):
+            continue
+        args = fx.node.map_arg(node.args, tensors.__getitem__)
+        name = f"dequantised_{number}"
+        module.register_buffer(name, meaning_of(node.target)(*args), persistent=False)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(name))
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _stored(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    if node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    found = getattr(module.get_submodule(owner), name)
+    return found.detach() if isinstance(found, torch.Tensor) else None
 
 
 class MethodRun:

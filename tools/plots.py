@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +211,7 @@ def profile_plot(report: Report) -> str:
     """Error against size of split layers by method, and what was chosen: a panel for each layer.
 
     Drawn for the last pass with a record of it; of many layers, those at equal steps of depth.
+    Dots are errors that were estimated for the choice; rings, of what was chosen, are measured.
     """
     details = [record["details"] for record in report.passes if record.get("details")]
     found: list[dict[str, Any]] = next(
@@ -229,22 +230,26 @@ def profile_plot(report: Report) -> str:
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
         for panel in panels[count:]:
             panel.set_visible(False)
+        guessed = {name for layer in layers for name in layer.get("estimated", ())}
         for panel, layer in zip(panels, shown, strict=False):
-            _profile(panel, layer, names)
+            _profile(panel, layer, names, guessed)
         panels[0].set_xlim(0, 1.05)
-        handles = [panels[0].plot([], [], **_line_of(name, names))[0] for name in names]
-        figure.legend(handles, names, loc="outside upper left", ncols=6, frameon=False, fontsize=8)
+        handles = [panels[0].plot([], [], **_line_of(name, names, guessed))[0] for name in names]
+        labels = [f"{name} (estimated)" if name in guessed else name for name in names]
+        figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False, fontsize=8)
         figure.supxlabel("share of the layer's parameters", color=_MUTED, fontsize=9)
         return svg(figure, "profile")
 
 
-def _profile(panel: Axes, layer: dict[str, Any], names: Sequence[str]) -> None:
+def _profile(
+    panel: Axes, layer: dict[str, Any], names: Sequence[str], guessed: Collection[str]
+) -> None:
     """One layer's errors, with a ring at what was chosen; without error it is at the floor."""
     floor = 1e-4
     for name, curve in layer["methods"].items():
         shares, errors = zip(*curve, strict=True)
         shown = [max(error, floor) for error in errors]
-        panel.plot(shares, shown, linewidth=1.2, **_line_of(name, names))
+        panel.plot(shares, shown, linewidth=1.2, **_line_of(name, names, guessed))
     chosen = layer["chosen"]
     panel.plot(
         [chosen["kept"]],
@@ -263,12 +268,13 @@ def _profile(panel: Axes, layer: dict[str, Any], names: Sequence[str]) -> None:
     panel.minorticks_off()
 
 
-def _line_of(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour and, where the colours begin again, dashes of a method."""
+def _line_of(name: str, names: Sequence[str], guessed: Collection[str]) -> dict[str, Any]:
+    """Colour and, where the colours begin again, dashes of a method; dots where it is estimated."""
     place = list(names).index(name)
     again = place >= len(_CLASS_COLOURS)
     colour = _CLASS_COLOURS[place % len(_CLASS_COLOURS)]
-    return {"color": colour, "linestyle": "--" if again else "-"}
+    style = ":" if name in guessed else "--" if again else "-"
+    return {"color": colour, "linestyle": style}
 
 
 def training_plot(report: Report) -> str:

@@ -18,8 +18,9 @@ from torchlathe.backends import (
     Eager,
     Lowerable,
 )
-from torchlathe.backends.agreeing import rounds
 from torchlathe.backends.examples import grown_inputs
+from torchlathe.backends.inductor import stored_values
+from torchlathe.backends.rounding import rounds
 from torchlathe.ir import BackendError, UnsupportedError, capture
 
 
@@ -160,6 +161,18 @@ def test_rounding_of_activations_is_seen() -> None:
 
     assert rounds(capture(Rounding(), (torch.randn(2, 3),)))
     assert not rounds(capture(Perceptron(), (torch.randn(2, 4),)))
+
+
+def test_rows_that_are_read_twice_are_stored_by_the_inductor() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    x = torch.randn(2, 64)
+    options = []
+    for passes in ("quantize,fuse-kernels{runtime=inductor}", "quantize{scheme=w8a16}", ""):
+        program = tl.PassManager(passes, verify="off").run(capture(model, (x,)))
+        state: Any = CompiledModel(program, "eager").__dict__["_torchlathe"]
+        options.append(stored_values(Lowerable(state.program, state.tensors, state.paths)))
+    assert options == [{"realize_opcount_threshold": 6}, {}, {}]
+    assert hasattr(torch._inductor.config, "realize_opcount_threshold")
 
 
 def test_the_report_tells_how_well_it_agrees() -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,6 +151,40 @@ def test_the_command_line(model: str, tmp_path: Path, capsys) -> None:
     assert main(["bench", "model", model, "missing.tl", "--seconds", "0.1", "--no-memory"]) == 2
     assert main(["bench", "model", model, "--seconds", "0"]) == 2
     assert main(["bench"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--secnds", "1"], "--secnds"),
+        (["--plot", "speed.gif"], "not speed.gif"),
+        (["--threads", "0"], "at least 1"),
+        (["--seconds", "soon"], "soon"),
+        (["--inputs", "float32[5,"], "float32[5,"),
+    ],
+    ids=["option", "plot", "threads", "seconds", "inputs"],
+)
+def test_what_cannot_be_asked_is_said_before_anything_is_measured(
+    words: list[str], said: str, model: str, monkeypatch, capsys
+) -> None:
+    def measure(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("torchlathe.tools.model_bench.comparing.interleaved", measure)
+    assert main(["bench", "model", model, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_two_artefacts_and_one_that_is_not_there(model: str, tmp_path: Path, capsys) -> None:
+    small, gone = tmp_path / "small.tl", tmp_path / "gone.tl"
+    main(["compile", model, "-p", "structured-erase", "--no-latency", "-o", str(small)])
+    options = ["--seconds", "0.1", "--no-memory"]
+    assert main(["bench", "model", str(small), str(small), *options]) == 0
+    assert capsys.readouterr().out.count("1.00000") >= 2  # the cosine of each
+    assert main(["bench", "model", str(small), str(gone), *options]) == 2
+    assert "gone.tl" in capsys.readouterr().out
+    assert main(["bench", "model", str(gone), str(small), "--no-memory"]) == 2
+    assert "gone.tl" in capsys.readouterr().err
 
 
 def test_show_and_backends(model: str, tmp_path: Path, capsys) -> None:

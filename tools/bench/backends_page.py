@@ -1,4 +1,4 @@
-"""Writes the measured part of ``docs/backends.md`` from the JSON files under ``results/``."""
+"""Writes the measured parts of ``docs/backends.md`` and ``docs/serving.md`` from ``results/``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from torchlathe.ir.files import write_text
-from torchlathe.tools.latency import quantile
+from torchlathe.tools.bench.end_to_end.page import draw, end_to_end_part
+from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
-__all__ = ["main", "measured"]
+__all__ = ["main", "measured", "serving_part"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
-MARK: Final = "<!-- measured -->\n"
 
-HEAD = """
-## Measured
+HEAD = """## Measured
 
 <!-- From here on written by `python -m torchlathe.tools.bench.backends_page`; do not edit. -->
 """
@@ -33,12 +31,20 @@ is how many models agree of how many were tried, and the largest error of any; t
 [What is checked](#what-is-checked). What does not agree is a named error, listed below.
 """
 
-END_TO_END = """
-### End to end
+OVERHEAD = """
+### Compile time beyond the backend's own
 
-`python -m torchlathe.tools.bench.bench_end_to_end` on {cpu}, torch {torch}: CPU milliseconds of a
-call, median of interleaved rounds with {threads} thread, and speed against the original under the
-inductor. Cosine is the least of any row, on inputs that no pass has seen. Weights are {weights}.
+`python -m torchlathe.tools.bench.bench_overhead` on {cpu}, torch {torch}, 1 thread: seconds of
+`torchlathe.compile` for a model of BERT-base's size through `{passes}`, with `verify="{verify}"`,
+without what lowering to `{backend}` takes; a row for each run, in a process of its own.
+
+"""
+
+SERVING = """## Measured
+
+`python -m torchlathe.tools.serving --load-test` on {cpu}, torch {torch}: passes `{passes}`, backend
+`{backend}`, {threads} thread of the server, {clients} clients on the same machine.
+
 """
 
 
@@ -50,8 +56,37 @@ def measured(results: Path = RESULTS) -> str:
         parts += _agreement(json.loads(path.read_text(encoding="utf-8")))
     path = results / "end_to_end_cpu.json"
     if path.exists():
-        parts += _end_to_end(json.loads(path.read_text(encoding="utf-8")))
+        parts.append(end_to_end_part(json.loads(path.read_text(encoding="utf-8"))))
+    path = results / "overhead_cpu.json"
+    if path.exists():
+        parts.append(_overhead(json.loads(path.read_text(encoding="utf-8"))))
     return "".join(parts)
+
+
+def _overhead(result: dict[str, Any]) -> str:
+    text = OVERHEAD.format(**{**result["machine"], **result})
+    stages = [name for name in result["rows"][0]["stages"] if name != "lower"]
+    cells = [
+        [*(f"{row['stages'][stage]:.1f}" for stage in stages), f"{row['overhead']:.1f}"]
+        for row in result["rows"]
+    ]
+    return text + markdown_table([*stages, "all"], cells)
+
+
+def serving_part(results: Path = RESULTS) -> str:
+    """The measured part of the page on serving; nothing if the load test was not run."""
+    path = results / "serving_cpu.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    cells = []
+    for name, runs in result["rows"].items():
+        for run in runs:
+            shares = [f"{run[share]:.1f}" for share in ("p50", "p95", "p99")]
+            numbers = [f"{run['requests']}", f"{run['failures']}", f"{run['per_second']:.1f}"]
+            cells.append([name, *numbers, *shares])
+    header = ["model", "requests", "failures", "per second", "p50 ms", "p95 ms", "p99 ms"]
+    return SERVING.format(**{**result["machine"], **result}) + markdown_table(header, cells)
 
 
 def _agreement(result: dict[str, Any]) -> list[str]:
@@ -61,22 +96,27 @@ def _agreement(result: dict[str, Any]) -> list[str]:
         if not rows:
             continue
         parts.append(AGREEMENT.format(passes=passes, **result["machine"]))
-        backends = dict.fromkeys(row["backend"] for row in rows if row["backend"])
-        table = [["backend", "static", "dynamic"]]
-        for backend in backends:
-            cells = [_cell(rows, backend, mode) for mode in ("static", "dynamic")]
-            table.append([f"`{backend}`", *cells])
-        parts.append(_table(table))
+        backends = dict.fromkeys(row["backend"] for row in rows)
+        cells = [
+            [f"`{name}`", *(_cell(rows, name, mode) for mode in ("static", "dynamic"))]
+            for name in backends
+        ]
+        parts.append("\n" + markdown_table(["backend", "static", "dynamic"], cells))
         failed = [
-            [name, row["mode"], f"`{row['backend']}`", row["outcome"], row.get("note", "")]
+            [name, row["mode"], f"`{row['backend']}`", row["outcome"], _clean(row.get("note", ""))]
             for name, found in models.items()
             for row in found
             if row["outcome"] != "agrees"
         ]
         if failed:
-            clean = [[*row[:4], " ".join(row[4].split())[:160].replace("|", "/")] for row in failed]
-            parts.append(_table([["model", "mode", "backend", "outcome", "message"], *clean]))
+            header = ["model", "mode", "backend", "outcome", "message"]
+            parts.append("\n" + markdown_table(header, failed))
     return parts
+
+
+def _clean(note: str) -> str:
+    """A message as a cell of a table."""
+    return " ".join(note.split())[:160].replace("|", "/")
 
 
 def _cell(rows: Sequence[dict[str, Any]], backend: str, mode: str) -> str:
@@ -88,46 +128,13 @@ def _cell(rows: Sequence[dict[str, Any]], backend: str, mode: str) -> str:
     return f"{outcomes['agrees']} of {len(own)}, {worst:.1e}"
 
 
-def _end_to_end(result: dict[str, Any]) -> list[str]:
-    parts: list[str] = []
-    for name, case in result["cases"].items():
-        if not parts:
-            text = END_TO_END.format(
-                **{**result["machine"], "threads": case["threads"]},
-                weights="random unless the heading says otherwise",
-            )
-            parts.append(text)
-        note = " (pretrained weights)" if case["weights"] == "pretrained" else ""
-        parts.append(f"\n#### {name}{note}\n")
-        base = next((r for r in case["rows"] if r["name"] == "original, inductor"), None)
-        table = [["", "ms", "speed", "cosine"]]
-        for row in case["rows"]:
-            if "ms" not in row:
-                problem = " ".join(row.get("problem", "").split())[:120].replace("|", "/")
-                table.append([row["name"], "-", "-", problem])
-                continue
-            ratio = "-"
-            if base is not None and "ms" in base:
-                pairs = zip(base["ms"], row["ms"], strict=True)
-                ratio = f"{quantile([a / b for a, b in pairs], 0.5):.2f}"
-            table.append(
-                [row["name"], f"{quantile(row['ms'], 0.5):.1f}", ratio, f"{row['cosine']:.4f}"]
-            )
-        parts.append(_table(table))
-    return parts
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["", f"| {' | '.join(rows[0])} |", f"| {' | '.join('---' for _ in rows[0])} |"]
-    lines += [f"| {' | '.join(row)} |" for row in rows[1:]]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
-    """Write the part of the page after its mark."""
-    text = PAGE.read_text(encoding="utf-8").partition(MARK)[0].rstrip("\n")
-    write_text(PAGE, f"{text}\n\n{MARK}{measured()}")
-    return 0
+    """Write the part of the page after its mark, and the picture."""
+    path = RESULTS / "end_to_end_cpu.json"
+    if path.exists():
+        draw(json.loads(path.read_text(encoding="utf-8")), PAGE.with_name("end_to_end.svg"))
+    serving = rewrite_measured(PAGE.with_name("serving.md"), serving_part())
+    return rewrite_measured(PAGE, measured()) or serving
 
 
 if __name__ == "__main__":

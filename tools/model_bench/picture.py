@@ -12,9 +12,21 @@ from torchlathe.tools.figures import bytes_text, ms_text, shorten
 if TYPE_CHECKING:
     from torchlathe.tools.model_bench.rows import ModelBench
 
-__all__ = ["draw"]
+__all__ = ["check_picture", "draw"]
 
 _SUFFIXES = (".svg", ".png", ".pdf")
+
+
+def check_picture(path: str | Path) -> Path:
+    """The path of a picture.
+
+    Raises:
+        OptionError: A kind of file that is none.
+    """
+    target = Path(path)
+    if target.suffix not in _SUFFIXES:
+        raise OptionError(f"a picture is {', '.join(_SUFFIXES)}, not {target.name}")
+    return target
 
 
 def draw(found: ModelBench, path: str | Path) -> None:
@@ -23,9 +35,7 @@ def draw(found: ModelBench, path: str | Path) -> None:
     Raises:
         OptionError: Another kind of file.
     """
-    target = Path(path)
-    if target.suffix not in _SUFFIXES:
-        raise OptionError(f"a picture is {', '.join(_SUFFIXES)}, not {target.name}")
+    target = check_picture(path)
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,5 +1,5 @@
 """Serving an encoder over HTTP: batching, health, metrics; an example, with a load test."""
 
-from torchlathe.tools.serving.batching import Batcher
+from torchlathe.tools.serving.batching import Batcher, BusyError
 
-__all__ = ["Batcher"]
+__all__ = ["Batcher", "BusyError"]

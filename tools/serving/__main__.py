@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 __all__ = ["main"]
@@ -23,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("-o", "--output", help="write the results of the load test as JSON")
     parsed = parser.parse_args(argv)
+    needed = ("fastapi", "prometheus_client", "uvicorn", *(["httpx"] * parsed.load_test))
+    if missing := [name for name in needed if find_spec(name) is None]:
+        parser.error(f"{', '.join(missing)} is not installed: pip install 'torchlathe[serve]'")
     if parsed.load_test:
         from torchlathe.tools.serving.loading import compare
 
@@ -30,7 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import uvicorn
 
-    uvicorn.run(application(parsed), host="127.0.0.1", port=parsed.port, log_level="warning")
+    from torchlathe.backends import get_backend
+    from torchlathe.ir import Error
+    from torchlathe.passes import PassManager
+
+    try:
+        PassManager(parsed.passes)  # a name that is not known is refused before anything is loaded
+        get_backend(parsed.backend)
+        app = application(parsed)
+    except Error as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    uvicorn.run(app, host="127.0.0.1", port=parsed.port, log_level="warning")
     return 0
 
 

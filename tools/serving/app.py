@@ -5,13 +5,14 @@
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from torchlathe.tools.serving.batching import Batcher
+from torchlathe.tools.serving.batching import Batcher, BusyError
 
 __all__ = ["encode_with", "make_app"]
 
 _MOST_SENTENCES = 256
+_MOST_CHARACTERS = 10_000  # of a sentence; the model reads its first tokens only
 
 
 def encode_with(
@@ -39,6 +40,7 @@ def make_app(
     name: str = "encoder",
     most: int = 16,
     wait: float = 0.002,
+    limit: int = 1024,
 ) -> Any:
     """The application.
 
@@ -47,6 +49,7 @@ def make_app(
         name: Of the model, in ``/health``.
         most: Sentences of one call of the model.
         wait: Seconds that a sentence waits for others.
+        limit: Sentences that may wait; requests beyond are refused with 503.
     """
     from fastapi import FastAPI, HTTPException, Response
     from prometheus_client import (
@@ -62,17 +65,20 @@ def make_app(
     registry = CollectorRegistry()
     sentences = Counter("sentences_total", "Sentences embedded", registry=registry)
     failures = Counter("failures_total", "Requests that failed", registry=registry)
+    refused = Counter("refused_total", "Requests refused when busy", registry=registry)
     seconds = Histogram("request_seconds", "Seconds of a request", registry=registry)
     sizes = Histogram(
         "batch_size", "Sentences of a call", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64)
     )
-    batcher = Batcher(encode, most=most, wait=wait, observe=sizes.observe)
+    batcher = Batcher(encode, most=most, wait=wait, limit=limit, observe=sizes.observe)
     Gauge("queue_length", "Sentences that wait", registry=registry).set_function(
         lambda: batcher.waiting
     )
 
+    Sentence = Annotated[str, Field(max_length=_MOST_CHARACTERS)]
+
     class Request(BaseModel):
-        sentences: list[str] = Field(min_length=1, max_length=_MOST_SENTENCES)
+        sentences: list[Sentence] = Field(min_length=1, max_length=_MOST_SENTENCES)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,6 +96,9 @@ def make_app(
         start = time.perf_counter()
         try:
             vectors = await asyncio.gather(*map(batcher.submit, request.sentences))
+        except BusyError as error:
+            refused.inc()
+            raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
         except Exception as error:
             failures.inc()
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any
 
 from torchlathe.tools.latency import quantile
 
-__all__ = ["compare", "load"]
+__all__ = ["compare", "load", "serve", "wait_for"]
 
 _START_SECONDS = 240.0
 
@@ -43,7 +43,12 @@ async def load(url: str, sentences: list[str], seconds: float, clients: int) -> 
             nonlocal failures
             while time.perf_counter() - start < seconds:
                 begun = time.perf_counter()
-                answer = await client.post("/embed", json={"sentences": [next(source)]})
+                try:
+                    answer = await client.post("/embed", json={"sentences": [next(source)]})
+                except httpx.HTTPError:
+                    failures += 1
+                    await asyncio.sleep(0.1)
+                    continue
                 taken.append(1e3 * (time.perf_counter() - begun))
                 failures += answer.status_code != 200
 
@@ -54,7 +59,7 @@ async def load(url: str, sentences: list[str], seconds: float, clients: int) -> 
         "requests": len(taken),
         "failures": failures,
         "per_second": len(taken) / total,
-        **{name: quantile(taken, share) for name, share in shares.items()},
+        **{n: quantile(taken, share) if taken else None for n, share in shares.items()},
     }
 
 
@@ -78,20 +83,22 @@ def compare(parsed: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     try:
         for name, words in kinds.items():
-            servers[name] = _serve(words)
-        for _, url in servers.values():
-            _wait(url)
+            servers[name] = serve(words)
+        for process, url in servers.values():
+            wait_for(url, process)
         for _ in range(2):
             for name, (_, url) in servers.items():
                 found = asyncio.run(load(url, sentences, parsed.seconds / 2, parsed.clients))
                 rows[name].append(found)
-                numbers = f"{found['per_second']:.1f} per s, p50 {found['p50']:.1f} ms"
-                console.print(f"{name}: {numbers}, p99 {found['p99']:.1f} ms")
+                console.print(f"{name}: {_numbers(found)}")
     finally:
         for process, _ in servers.values():
             process.terminate()
             process.wait()
+    from torchlathe.tools.bench.machine import machine
+
     result = {
+        "machine": machine(),
         "passes": parsed.passes,
         "backend": parsed.backend,
         "threads": parsed.threads,
@@ -105,7 +112,15 @@ def compare(parsed: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _serve(words: list[str]) -> tuple[subprocess.Popen[bytes], str]:
+def _numbers(found: dict[str, Any]) -> str:
+    text = f"{found['per_second']:.1f} per s, {found['failures']} failures"
+    if found["p50"] is None:
+        return text
+    return f"{text}, p50 {found['p50']:.1f} ms, p99 {found['p99']:.1f} ms"
+
+
+def serve(words: list[str]) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a server in a process of its own, on a port that is free; returns it with its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -113,16 +128,19 @@ def _serve(words: list[str]) -> tuple[subprocess.Popen[bytes], str]:
     return subprocess.Popen(command), f"http://127.0.0.1:{port}"
 
 
-def _wait(url: str) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     """Until the server answers.
 
     Raises:
         TimeoutError: It does not.
+        RuntimeError: It ended.
     """
     import httpx
 
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with status {process.returncode}")
         try:
             if httpx.get(f"{url}/health", timeout=2).status_code == 200:
                 return

@@ -1,0 +1,1 @@
+"""What `torchlathe.tools.bench.bench_end_to_end` measures: cases, and contestants."""
