@@ -122,3 +122,19 @@ def test_zero_outputs() -> None:
 )
 def test_batches_as_calls(batch: object, call: object) -> None:
     assert as_call(batch) == call
+
+
+def test_a_model_that_grows_its_cache_leaves_the_batch_as_it_was() -> None:
+    cache = [torch.ones(2)]
+
+    def model(x: torch.Tensor, held: list[torch.Tensor]) -> list[torch.Tensor]:
+        x += 1
+        held.append(x)
+        return held
+
+    x = torch.zeros(2)
+    found = compare_outputs(model, model, [((x, cache), {})])
+    assert [row.shape for row in found] == [(2,), (2,)]
+    assert all(row.max_abs_error == 0 for row in found)
+    assert len(cache) == 1
+    assert torch.equal(x, torch.zeros(2))

@@ -81,3 +81,15 @@ def test_quantile() -> None:
 def test_rounds_must_be_some() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         compare_latency(lambda: None, lambda: None, rounds=0)
+
+
+def test_a_model_that_grows_its_cache_is_timed_on_what_was_given() -> None:
+    cache, lengths = [torch.ones(2)], []
+
+    def model(held: list[torch.Tensor]) -> None:
+        held.append(held[0])
+        lengths.append(len(held))
+
+    compare_latency(model, model, (cache,), rounds=3, budget_seconds=0.0)
+    assert set(lengths) == {2}
+    assert len(cache) == 1
