@@ -328,6 +328,26 @@ def test_without_calibration_the_example_inputs_stand_for_it() -> None:
     assert after.history[-1].changed
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["low-rank-split{rank=4}", "low-rank-split{flops=0.6}", "tensor-train-split{share=0.5}"],
+)
+def test_an_example_input_that_is_a_view_of_something_larger(spec: str) -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))[::2, ::2]
+    program = capture(Attention().eval(), (x,), dynamic_shapes="auto")
+    after = PassManager(spec).run(program, calibration=[x])
+    assert after.cost().parameters < program.cost().parameters
+
+
+def test_data_that_are_all_the_same_leave_no_direction_to_prefer() -> None:
+    x = torch.randn(1, 32).expand(8, 32)
+    program = capture(Attention().eval(), (x,), dynamic_shapes="auto")
+    for spec in ("low-rank-split{rank=4}", "tensor-train-split{share=0.5}"):
+        after = PassManager(spec).run(program, calibration=[x])
+        # The biases take up what is lost of the only value that layers give.
+        torch.testing.assert_close(after.run(x), program.run(x), rtol=1e-3, atol=1e-3)
+
+
 def test_patterns_and_what_is_left_alone() -> None:
     program = captured(Attention(), torch.randn(2, 10, 32))
     after = run("low-rank-split{method=svd,rank=4,exclude=[query,value.weight]}", program)

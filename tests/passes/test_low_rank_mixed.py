@@ -312,12 +312,16 @@ def test_the_profile_of_layers_is_recorded_and_drawn() -> None:
     assert {"svd", "whitened-svd", "whitened-svd + rows", "joint", "tensor-train"} <= names
     for layer in profile:
         assert layer["chosen"]["method"] in {"dense", *layer["methods"]}
+        # What is fitted to data is estimated for the choice, and measured where it is chosen.
+        guessed = {"tensor-train", "kronecker", "whitened-svd + rows", "svd + rows"}
+        assert set(layer["estimated"]) == guessed & set(layer["methods"])
+        assert ("expected" in layer["chosen"]) == (layer["chosen"]["method"] in guessed)
         for curve in layer["methods"].values():
             assert 1 <= len(curve) <= 12
             assert all(0 < share < 1 and error >= 0 for share, error in curve)
     drawing = profile_plot(compiled.report)
     assert drawing.startswith("<svg")
-    assert "tensor-train" in drawing
+    assert "tensor-train (estimated)" in drawing
     assert "How layers were split" in compiled.report.to_html()
 
 

@@ -314,7 +314,7 @@ def test_families_and_erasing_after_it(attention: Program) -> None:
 
 def test_the_same_twice_and_text_of_the_pass(attention: Program) -> None:
     chosen = TensorTrainSplit(rank=4, sites=3, method="svd", time=False)
-    assert str(chosen) == "tensor-train-split{rank=4,method=svd,time=false,sites=3}"
+    assert str(chosen) == "tensor-train-split{rank=4,time=false,method=svd,sites=3}"
     once, again = (PassManager([chosen]).run(attention) for _ in range(2))
     for name, tensor in once.parameters.items():
         torch.testing.assert_close(again.parameters[name], tensor)
@@ -331,7 +331,7 @@ BAD = [
     ({"sweeps": -1}, "sweeps is -1"),
     ({"rows": 0}, "rows is 0"),
     ({"damping": 2.0}, "damping is 2.0"),
-    ({"rank": 3, "allocation": "exact"}, "say the same for every layer"),
+    ({"rank": 3, "allocation": "exact"}, "says the same for every layer"),
     ({"latency": 0.5}, "latency is no budget"),
     ({"lowering": "fuse"}, "lowering"),
 ]

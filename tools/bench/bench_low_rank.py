@@ -21,6 +21,12 @@ from rich.console import Console
 
 from torchlathe.ir.files import write_text
 from torchlathe.passes.rewrite.factorising.splits import svd_split, whitened_split
+from torchlathe.passes.rewrite.tensor_networks.plans import (
+    bond_within,
+    modes_of,
+    network_cores,
+    network_plan,
+)
 from torchlathe.tools.bench.low_rank.memory import memory
 from torchlathe.tools.bench.low_rank.quality import (
     SHARES,
@@ -33,6 +39,8 @@ from torchlathe.tools.bench.machine import machine
 
 __all__ = ["main"]
 
+# Elements of a matrix that is timed once.
+_LARGE: Final = 10_000_000
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "low_rank_cpu.json"
 
 
@@ -45,12 +53,22 @@ def _cases(
     weight: torch.Tensor, half: int, low: int
 ) -> dict[str, tuple[int, Callable[[torch.Tensor], object]]]:
     """What is timed: the rank, and a call of the second moment of the inputs."""
-    return {
+    products: dict[str, tuple[int, Callable[[torch.Tensor], object]]] = {
         "torch.linalg.svd": (0, lambda _: torch.linalg.svd(weight, full_matrices=False)),
         "svd, half": (half, lambda _: svd_split(weight, half)),
         "whitened, half": (half, lambda moment: whitened_split(weight, moment, half)),
         "svd, low rank": (low, lambda _: svd_split(weight, low)),
         "whitened, low rank": (low, lambda moment: whitened_split(weight, moment, low)),
+    }
+    modes = modes_of("tensor-train", *weight.shape)
+    bond = 0 if modes is None else bond_within(*modes, weight.numel() / 2)
+    plan = None if modes is None else network_plan("tensor-train", *modes, bond)
+    # Fitting one takes several times as long as all of the above.
+    if plan is None or weight.numel() > _LARGE:
+        return products
+    return products | {
+        "tensor train, svd, half": (bond, lambda _: network_cores(plan, weight, None)),
+        "tensor train, half": (bond, lambda moment: network_cores(plan, weight, moment)),
     }
 
 
@@ -73,10 +91,10 @@ def times(
         for name, (rank, call) in cases.items():
             if name in known:
                 continue
-            if "whitened" in name and not moment.numel():
+            if name != "torch.linalg.svd" and not moment.numel():
                 moment = (data.T @ data / len(data)).double()
             seconds = []
-            for _ in range(1 if outs * ins > 10_000_000 else 3):
+            for _ in range(1 if outs * ins > _LARGE else 3):
                 start = _clock()
                 call(moment)
                 seconds.append(_clock() - start)
@@ -85,21 +103,28 @@ def times(
             yield row | {"seconds": median(seconds), "rounds": len(seconds)}
 
 
-def speeds(console: Console, *, compiled: bool) -> Iterator[dict[str, Any]]:
-    """Time of the dense layer over that of its factors, at the same number of threads."""
+def speeds(
+    done: Sequence[dict[str, Any]], console: Console, *, compiled: bool
+) -> Iterator[dict[str, Any]]:
+    """Time of the dense layer over that of its factors, at the same number of threads.
+
+    A row for each layer, share and number of rows that is not done yet in this mode.
+    """
+    mode = "inductor" if compiled else "eager"
     for outs, ins in ((384, 384), (1536, 384), (4096, 4096)):
-        for share in (0.5,) if compiled else SHARES:
+        for share in SHARES:
             rank = int(share * outs * ins / (outs + ins))
             weight, down, up = (
                 torch.randn(shape) for shape in ((outs, ins), (rank, ins), (outs, rank))
             )
             for rows in (1, 32, 256):
-                x = torch.randn(rows, ins)
-                mode = "inductor" if compiled else "eager"
-                ratio = _ratio(x, weight, down, up, mode)
                 row = {"shape": [outs, ins], "share": share, "rank": rank, "rows": rows}
-                console.print(f"{row}, {mode}: {ratio:.2f}")
-                yield row | {"mode": mode, "ratio": ratio}
+                row |= {"mode": mode}
+                if any(all(other[key] == row[key] for key in row) for other in done):
+                    continue
+                ratio = _ratio(torch.randn(rows, ins), weight, down, up, mode)
+                console.print(f"{row}: {ratio:.2f}")
+                yield row | {"ratio": ratio}
 
 
 def _dense(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -132,31 +157,31 @@ def _ratio(
     return median(pairs)
 
 
-PARTS: Final = (
-    "quality",
-    "characters",
-    "healed",
-    "healed_minilm",
-    "times",
-    "speeds",
-    "memory",
-)
+QUALITIES: Final = {
+    "quality": minilm,
+    "characters": characters,
+    "healed": healed,
+    "healed_minilm": healed_minilm,
+}
+PARTS: Final = (*QUALITIES, "times", "speeds", "memory")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS)
-    parser.add_argument("--contestants", nargs="+", default=[], help="those with this in the name")
+    parser.add_argument("--contestants", nargs="+", default=[], help="those of these names")
     parser.add_argument("--sizes", nargs="+", default=["1024x2752"], help="of the timed split")
     parser.add_argument("--again", action="store_true", help="measure rows that are there again")
     parser.add_argument("--compiled", action="store_true", help="time by the inductor")
+    parser.add_argument("--seconds", type=float, help="stop after the row that takes it over this")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args(argv)
     torch.set_num_threads(parsed.threads)
     torch.manual_seed(0)
     console = Console()
+    begin = time.monotonic()
     result = json.loads(parsed.out.read_text()) if parsed.out.is_file() else {}
     sizes = [(int(a), int(b)) for a, b in (size.split("x") for size in parsed.sizes)]
 
@@ -166,31 +191,25 @@ def main(argv: list[str] | None = None) -> int:
         write_text(parsed.out, json.dumps(current | {part: rows} | machine(), indent=1) + "\n")
 
     for part in parsed.only or PARTS:
-        known: list[dict[str, Any]] = result.get(part, [])
-        if part not in ("speeds", "memory"):
-            rows = [] if parsed.again else list(known)
-            measure = {
-                "quality": minilm,
-                "characters": characters,
-                "healed": healed,
-                "healed_minilm": healed_minilm,
-            }
-            fresh_rows = (
-                times(sizes, list(rows), console)
-                if part == "times"
-                else measure[part](console, list(rows), parsed.contestants)
-            )
-            for row in fresh_rows:
-                rows.append(row)
-                save(part, rows)
-            continue
-        if part == "speeds":
-            fresh, same = list(speeds(console, compiled=parsed.compiled)), ("mode",)
+        rows: list[dict[str, Any]] = (
+            [] if parsed.again or part == "memory" else result.get(part, [])
+        )
+        if part == "times":
+            fresh = times(sizes, list(rows), console)
+        elif part == "speeds":
+            mode = "inductor" if parsed.compiled else "eager"
+            rows = [r for r in result.get(part, []) if r["mode"] != mode or not parsed.again]
+            fresh = speeds(list(rows), console, compiled=parsed.compiled)
+        elif part == "memory":
+            fresh = memory(console)
         else:
-            fresh, same = list(memory(console)), ("layers",)
-        new = [[row[name] for name in same] for row in fresh]
-        old = [row for row in known if [row.get(name) for name in same] not in new]
-        save(part, old + fresh)
+            fresh = QUALITIES[part](console, list(rows), parsed.contestants)
+        for row in fresh:
+            rows.append(row)
+            save(part, rows)
+            if parsed.seconds is not None and time.monotonic() - begin > parsed.seconds:
+                console.print("the time is up; the same call goes on")
+                return 0
     return 0
 
 

@@ -2,9 +2,9 @@
 
 ``layers`` compares what each method loses in single layers at equal parameters, on sentences that
 it did not see. ``quality`` splits the whole of MiniLM, ``characters`` a character-level language
-model. ``recipe`` is that of CompactifAI on the latter: a tensor train, a short healing, low-bit
-cores. ``speeds`` times single layers. With ``--resume`` rows that are in the result file are not
-measured again.
+model. ``recipe`` and ``recipe_minilm`` are that of CompactifAI: a tensor train, a short healing,
+low-bit cores. ``speeds`` times single layers. With ``--resume`` rows that are in the result file
+are not measured again.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from torchlathe.passes.rewrite.tensor_networks.writing import LayerClock, orders
 from torchlathe.tools.bench import character_model
 from torchlathe.tools.bench.low_rank.remembering import Remembered
 from torchlathe.tools.bench.machine import machine
-from torchlathe.tools.bench.tensor_networks_recipe import recipe
+from torchlathe.tools.bench.tensor_networks_recipe import recipe, recipe_minilm
 
 __all__ = ["RESULTS", "SHARES", "main"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "tensor_networks_cpu.json"
 SHARES: Final = (0.7, 0.5, 0.35)
-PARTS: Final = ("layers", "quality", "characters", "speeds", "recipe")
+PARTS: Final = ("layers", "quality", "characters", "speeds", "recipe", "recipe_minilm")
 TYPES: Final = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -293,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         "characters": characters,
         "speeds": speeds,
         "recipe": recipe,
+        "recipe_minilm": recipe_minilm,
     }
     start = time.monotonic()
     for part in parsed.only:

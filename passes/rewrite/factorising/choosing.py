@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchlathe.passes.rewrite.factorising.plans import Plan
@@ -60,13 +60,19 @@ def thinned(options: Sequence[Option]) -> list[Option]:
 
 
 def choose_exact(
-    options: Sequence[Option], budget: float, *, seconds: float = 60.0
+    options: Sequence[Option],
+    budget: float,
+    *,
+    also: Sequence[tuple[Mapping[Option, float], float]] = (),
+    seconds: float = 60.0,
 ) -> list[Option]:
     """The choice of least loss within the budget.
 
     Args:
         options: Every site must have one of its own, or be in one with others.
         budget: Most that the choice may cost; if nothing fits, the cheapest choice is returned.
+        also: Further budgets: what each option costs there, and the most that all may. If nothing
+            fits them all, nothing is returned.
         seconds: Limit for the solver, which gives the best that it has then.
     """
     import numpy
@@ -75,7 +81,9 @@ def choose_exact(
 
     fallback = choose_greedy(options, budget)
     if cost_of(fallback) > budget:
-        return fallback
+        return [] if also else fallback
+    if also and not _within(fallback, also):
+        fallback = []
     sites = list(dict.fromkeys(site for option in options for site in option.sites))
     place = {site: row for row, site in enumerate(sites)}
     entries = [(place[site], column) for column, o in enumerate(options) for site in o.sites]
@@ -83,7 +91,10 @@ def choose_exact(
     shape = (len(sites), len(options))
     covers = csr_matrix((numpy.ones(len(entries)), (rows, columns)), shape=shape)
     scale = max(budget, 1e-300)
-    costs = numpy.array([[option.cost / scale for option in options]])
+    rows_of_costs = [[option.cost / scale for option in options]]
+    for prices, most in also:
+        rows_of_costs.append([prices[option] / max(most, 1e-300) for option in options])
+    costs = numpy.array(rows_of_costs)
     losses = numpy.array([option.loss for option in options])
     with _silent():
         found = milp(
@@ -97,8 +108,13 @@ def choose_exact(
         return fallback
     chosen = [option for option, taken in zip(options, found.x, strict=True) if taken > 0.5]
     # The solver's tolerance may let it go over by a hair, and its time may be up.
-    fits = cost_of(chosen) <= budget
-    return chosen if fits and loss_of(chosen) <= loss_of(fallback) else fallback
+    fits = cost_of(chosen) <= budget and _within(chosen, also)
+    better = not fallback or loss_of(chosen) <= loss_of(fallback)
+    return chosen if fits and better else fallback
+
+
+def _within(chosen: Sequence[Option], also: Sequence[tuple[Mapping[Option, float], float]]) -> bool:
+    return all(sum(prices[o] for o in chosen) <= most * (1 + 1e-9) for prices, most in also)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 from torchlathe.ir import Program
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.factorising.allotting import Allotment, Wanted, allot, uniform
-from torchlathe.passes.rewrite.factorising.amounts import AmountOptions
+from torchlathe.passes.rewrite.factorising.amounts import SplitOptions
 from torchlathe.passes.rewrite.factorising.metrics import Metrics, collect_metrics
 from torchlathe.passes.rewrite.factorising.networks import (
     Networks,
@@ -55,7 +55,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class LowRankSplit(AmountOptions, RewritePass):
+class LowRankSplit(SplitOptions, RewritePass):
     """Splits linear layers, convolutions and embeddings into two or three smaller ones.
 
     Keeps: shapes and calls of everything else; biases stay on the last factor. Changes: each split
@@ -81,21 +81,6 @@ class LowRankSplit(AmountOptions, RewritePass):
     among: tuple[Method, ...] = field(
         default=(),
         metadata={"help": "what mixed chooses among, next to dense; all of them if not said"},
-    )
-    allocation: Literal["auto", "uniform", "greedy", "exact"] = field(
-        default="auto",
-        metadata={
-            "help": "how the budget is shared out: the same share for each layer, by equal slope "
-            "of the errors, or by integer programming; auto is exact for up to 512 layers, else "
-            "greedy, and uniform where a rank is given"
-        },
-    )
-    weigh: Literal["output", "layer"] = field(
-        default="output",
-        metadata={
-            "help": "what an allocation keeps small: the error of each layer times its effect on "
-            "the outputs, measured by splitting it alone, or the error of each layer as it is"
-        },
     )
     joint: bool = field(
         default=False,
@@ -130,17 +115,6 @@ class LowRankSplit(AmountOptions, RewritePass):
         default=None,
         metadata={"help": "split embeddings too; if not said, where params or bytes is given"},
     )
-    damping: float = field(
-        default=1e-6,
-        metadata={
-            "help": "how much directions that the calibration data never shows count, relative to "
-            "the mean direction"
-        },
-    )
-    time: bool = field(
-        default=True,
-        metadata={"help": "measure the split layers, and name those that are slower than before"},
-    )
 
     def __post_init__(self) -> None:
         """Refuse impossible options.
@@ -150,18 +124,11 @@ class LowRankSplit(AmountOptions, RewritePass):
                 contradict one another.
         """
         super().__post_init__()
-        self.check_amounts()
-        for name, least in (("damping", 0.0), ("remainder", 0.0)):
-            if not least <= (value := getattr(self, name)) <= 1:
-                raise self.refused(f"{name} is {value}, but must be between 0 and 1")
+        self.check_split()
+        self.check_shares("remainder")
         if self.remainder and self.joint:
             raise self.refused(
                 "layers that share a factor keep no rows", "leave out joint or remainder"
-            )
-        if self.rank is not None and self.allocation not in ("auto", "uniform"):
-            raise self.refused(
-                f"rank says the same for every layer, and allocation={self.allocation} chooses",
-                "give share or params instead of rank",
             )
         if self.latency is not None and self.allocation == "uniform":
             raise self.refused(
@@ -226,7 +193,7 @@ class LowRankSplit(AmountOptions, RewritePass):
                 scheme=SCHEMES[self.residual],
                 damping=self.damping,
             )
-        how = self._allocation(sites)
+        how = self.shared_out(len(sites))
         if how == "uniform":
             allotment = uniform(self._wanted, program, sites, metrics, left)
         else:
@@ -242,13 +209,6 @@ class LowRankSplit(AmountOptions, RewritePass):
         diagnostics += [*told(plans), *slow, *left_alone(left)]
         details = {"layer_profile": profile(sites, allotment.options, plans)}
         return PassResult(bool(plans), statistics(sites, plans), diagnostics, details=details)
-
-    def _allocation(self, sites: Sequence[Site]) -> str:
-        if self.allocation != "auto":
-            return self.allocation
-        if self.rank is not None:
-            return "uniform"
-        return "exact" if len(sites) <= 512 else "greedy"
 
     @property
     def _wanted(self) -> Wanted:

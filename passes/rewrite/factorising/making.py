@@ -56,7 +56,7 @@ def make(plan: Plan, program: Program, metrics: Metrics, damping: float, seed: i
         split(
             matrix,
             plan.ranks[0],
-            inputs=metrics.moment([site], group) if known else None,
+            inputs=metrics.norm([site], group) if known else None,
             rows=metrics.weights(site, group) if known else None,
             damping=damping,
             seed=seed,
@@ -145,8 +145,8 @@ def _joint(plan: Plan, program: Program, metrics: Metrics, damping: float, seed:
     sites = plan.sites
     matrices = [site.matrices(program.tensor(site.weight).detach()) for site in sites]
     weights = [matrix[0] for matrix in matrices]
-    inputs = metrics.moment(sites)
-    energies = [output_error(w, torch.zeros_like(w), inputs) for w in weights]
+    inputs = metrics.norm(sites)
+    energies = [output_error(w, None, inputs) for w in weights]
     scales = error_scales(sites, energies, metrics)
     own, shared, error, energy = joint_split(
         weights, plan.ranks[0], inputs=inputs, scales=scales, damping=damping, seed=seed

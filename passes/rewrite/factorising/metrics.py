@@ -12,6 +12,7 @@ from torch import fx
 from torchlathe.ir import Program
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.base import PassContext
+from torchlathe.passes.rewrite.factorising.products import Moment, Wide
 from torchlathe.passes.rewrite.factorising.sites import Site
 from torchlathe.passes.statistics import (
     collect_gradients,
@@ -47,14 +48,20 @@ class Metrics:
 
     def moment(self, sites: Sequence[Site], group: int = 0) -> torch.Tensor | None:
         """Of what these sites read, for one group: centred where every one has a bias."""
+        found = self.norm(sites, group)
+        return found.dense() if isinstance(found, Moment) else found
+
+    def norm(self, sites: Sequence[Site], group: int = 0) -> torch.Tensor | Moment | None:
+        """As `moment`, where possible without a matrix of its own."""
         first = sites[0]
         if first not in self.inputs:
             return None
+        centred = all(site in self.means for site in sites)
+        mean = self.means[first][group] if centred else None
+        if isinstance(self.inputs, _Seconds):
+            return self.inputs.moment(first, group, mean)
         second = self.inputs[first][group]
-        if not all(site in self.means for site in sites):
-            return second
-        mean = self.means[first][group]
-        return torch.addr(second, mean, mean, alpha=-1)
+        return second if mean is None else torch.addr(second, mean, mean, alpha=-1)
 
     def weights(self, site: Site, group: int) -> torch.Tensor | None:
         """Of the rows of one group."""
@@ -88,7 +95,7 @@ class Metrics:
             value = last.double() @ mean
             for factor in reversed(rest):
                 value = factor.double() @ value
-            found.append(old.double() @ mean - value)
+            found.append(Wide(old).of(mean[:, None])[:, 0] - value)
         return torch.cat(found)
 
 
@@ -117,26 +124,27 @@ def collect_metrics(
 
 
 class _Seconds(Mapping[Site, torch.Tensor]):
-    """Second moments by site, each made when it is asked for; the last one of groups is kept.
+    """Second moments by site, each made when it is asked for.
 
     Sums of products may be in memory-mapped files: only one matrix at a time is in memory.
     """
 
     def __init__(self, moments: Mapping[Site, Sequence[Moments]]) -> None:
         self._moments = moments
-        self._last: tuple[Site, torch.Tensor] | None = None
+
+    def moment(self, site: Site, group: int, mean: torch.Tensor | None) -> Moment:
+        """That of one group, less the product of a mean."""
+        parts = self._moments[site]
+        count = max(1, sum(part.count for part in parts))
+        sums = tuple(part.products[group] for part in parts if part.products is not None)
+        return Moment(sums, count, mean)
 
     def __getitem__(self, site: Site) -> torch.Tensor:
-        if self._last is None or self._last[0] is not site:
-            parts = self._moments[site]
-            count = max(1, sum(part.count for part in parts))
-            self._last = None
-            total = _sum_of([part.products for part in parts if part.products is not None])
-            found = total / count
-            if len(found) == 1:
-                return found  # asked for once and again only where there are groups
-            self._last = site, found
-        return self._last[1]
+        groups = range(site.groups)
+        return torch.stack([self.moment(site, group, None).dense() for group in groups])
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._moments  # the default makes the matrix to tell
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._moments)

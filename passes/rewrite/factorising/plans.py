@@ -51,6 +51,11 @@ class Plan:
         name = "joint" if len(self.sites) > 1 else self.method
         return f"{name} + rows" if self.kept else name
 
+    @property
+    def estimated(self) -> bool:
+        """Whether a choice is made by an estimate of the error: what is made is measured."""
+        return self.kept > 0 or (self.network is not None and self.method != "svd")
+
 
 def plan_of(
     sites: Sequence[Site],

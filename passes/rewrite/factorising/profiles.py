@@ -19,9 +19,16 @@ from torchlathe.passes.rewrite.factorising.plans import (
     most_rank,
     plan_of,
 )
+from torchlathe.passes.rewrite.factorising.products import Moment, Wide, blocks
 from torchlathe.passes.rewrite.factorising.remainders import kept_rows, remainder_split
 from torchlathe.passes.rewrite.factorising.sites import Site
-from torchlathe.passes.rewrite.factorising.splits import output_error, spectrum, split
+from torchlathe.passes.rewrite.factorising.splits import (
+    Norm,
+    left_vectors,
+    output_error,
+    spectrum,
+    split,
+)
 
 __all__ = ["errors_by_rank", "plans"]
 
@@ -99,7 +106,7 @@ def errors_by_rank(
     lost: torch.Tensor | None = None
     whole = 0.0
     for group, matrix in enumerate(matrices):
-        inputs, rows = metrics.moment([site], group), metrics.weights(site, group)
+        inputs, rows = metrics.norm([site], group), metrics.weights(site, group)
         if others is not None:
             whole += float(_tails(spectrum(matrix, inputs=inputs, rows=rows, damping=damping))[0])
             matrix = matrix[others]
@@ -132,8 +139,8 @@ def _joint_errors(
     sites: Sequence[Site], program: Program, metrics: Metrics, damping: float
 ) -> torch.Tensor:
     weights = [site.matrices(program.tensor(site.weight).detach())[0] for site in sites]
-    inputs = metrics.moment(sites)
-    energies = [output_error(w, torch.zeros_like(w), inputs) for w in weights]
+    inputs = metrics.norm(sites)
+    energies = [output_error(w, None, inputs) for w in weights]
     scales = error_scales(sites, energies, metrics)
     rows = [
         weight.new_full((weight.shape[0],), scale, dtype=torch.float64)
@@ -151,20 +158,22 @@ def _tails(values: torch.Tensor) -> torch.Tensor:
 
 
 def _judged(
-    matrix: torch.Tensor, inputs: torch.Tensor | None, rows: torch.Tensor | None
+    matrix: torch.Tensor, inputs: torch.Tensor | Moment | None, rows: torch.Tensor | None
 ) -> torch.Tensor:
     """Errors of the plain split in another norm, at every rank."""
-    wide = matrix.double()
-    found = split(wide, min(wide.shape), randomised=False)
     if rows is not None:
+        found = split(matrix.double(), min(matrix.shape), randomised=False)
         # W - W~ = sum of u_j d_j' over the j left out, with orthogonal d_j.
         return _tails((rows @ found.up.square()) * found.down.square().sum(1))
     # For orthonormal U, what U_r U_r' W loses is tr(W A W') less the diagonal of U' W A W' U.
-    left = found.up / found.up.norm(dim=0).clamp_min(1e-300)
-    read = wide if inputs is None else wide @ inputs
-    caught = ((left.T @ read) * (left.T @ wide)).sum(1)
-    whole = float((read * wide).sum())
-    return (whole - torch.cat([caught.new_zeros(1), caught.cumsum(0)])).clamp_min(0)
+    left, wide = left_vectors(matrix), Wide(matrix)
+    norm = Norm(inputs, 0.0, matrix.device)
+    caught = [left.new_zeros(1)]
+    for part in blocks(left.shape[1]):
+        shown = wide.under(left[:, part])
+        caught.append((norm.read(shown) * shown).sum(1))
+    whole, sums = output_error(matrix, None, inputs), torch.cat(caught).cumsum(0)
+    return (whole - sums).clamp_min(0)
 
 
 def _convolution_plans(

@@ -48,7 +48,7 @@ def changes_of_outputs(
         damping: As `make_any` takes it.
 
     Returns:
-        A number for each candidate, and the factors of all their plans.
+        A number for each candidate, and factors, those of the best one's plans among them.
     """
     made: dict[Plan, Factors] = {}
     found = []
@@ -64,6 +64,10 @@ def changes_of_outputs(
                 sites = tuple(theirs[site.weight] for site in plan.sites)
                 write_any(edit, replace(plan, sites=sites), made[plan])
         found.append(_change(program, after, ctx))
+        # Only what is still to be written is kept, by a later candidate or as the best one.
+        best = candidates[min(range(len(found)), key=found.__getitem__)]
+        needed = {*best, *itertools.chain(*candidates[number + 1 :])}
+        made = {plan: factors for plan, factors in made.items() if plan in needed}
     return found, made
 
 

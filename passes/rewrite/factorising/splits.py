@@ -19,11 +19,23 @@ from dataclasses import dataclass
 
 import torch
 
+from torchlathe.passes.rewrite.factorising.products import (
+    Moment,
+    Read,
+    Wide,
+    blocks,
+    eigenvalues,
+    largest,
+    orthonormal,
+)
+
 __all__ = [
+    "Norm",
     "Split",
     "damped",
     "gram_energy",
     "joint_split",
+    "left_vectors",
     "output_error",
     "rank_for",
     "saves",
@@ -86,7 +98,7 @@ def svd_split(
 
 def whitened_split(
     weight: torch.Tensor,
-    inputs: torch.Tensor,
+    inputs: torch.Tensor | Moment,
     rank: int,
     *,
     damping: float = 1e-6,
@@ -105,7 +117,7 @@ def joint_split(
     weights: Sequence[torch.Tensor],
     rank: int,
     *,
-    inputs: torch.Tensor | None = None,
+    inputs: torch.Tensor | Moment | None = None,
     scales: Sequence[float] | None = None,
     damping: float = 1e-6,
     randomised: bool | None = None,
@@ -148,7 +160,7 @@ def split(
     weight: torch.Tensor,
     rank: int,
     *,
-    inputs: torch.Tensor | None = None,
+    inputs: torch.Tensor | Moment | None = None,
     rows: torch.Tensor | None = None,
     damping: float = 0.0,
     randomised: bool | None = None,
@@ -160,7 +172,7 @@ def split(
         weight: Shape (outs, ins), floating.
         rank: Columns of the first factor, at least 1; more than there are is as many as there are.
         inputs: Mean of ``x x'`` over what the matrix is multiplied with, (ins, ins), positive
-            semidefinite; None for the identity.
+            semidefinite, or sums that it is to be made of; None for the identity.
         rows: Non-negative weight of each row's squared error, (outs,); None for ones.
         damping: Added to the diagonal of ``inputs``, relative to its mean.
         randomised: Find the leading directions by subspace iteration; None does where the rank is
@@ -175,32 +187,31 @@ def split(
     """
     if rank < 1:
         raise ValueError(f"a rank of {rank}")
-    scale = _row_scale(rows)
     rank = min(rank, *weight.shape)
     if randomised is None:
         randomised = rank < _RANDOMISED_BELOW * min(weight.shape)
-    norm = _Norm(inputs, damping)
+    matrix = Wide(weight, _row_scale(rows))
+    norm = Norm(inputs, damping, weight.device)
     del inputs  # it can go as soon as the norm is done with it
     if randomised:
-        matrix = _scaled(weight, scale)
-        basis, energy, error = _random_basis(matrix, norm, rank, seed)
+        up, energy, error = _random_basis(matrix, norm, rank, seed)
     else:
-        basis, energy, error = _basis(weight, scale, norm, rank)
-        matrix = _scaled(weight, scale)
-    down = basis.T @ matrix
-    del matrix
-    up = basis if scale is None else basis / scale[:, None]
+        up, energy, error = _basis(matrix, norm, rank)
+    down = matrix.under(up)
+    if matrix.scale is not None:
+        up = up / matrix.scale[:, None]
     sizes = up.norm(dim=0), down.norm(dim=1)
     # A direction with nothing in it stays zero in both factors.
     balance = torch.where(sizes[1] > 0, (sizes[1] / sizes[0]).sqrt(), 0.0)
-    up, down = up * balance, down / torch.where(balance > 0, balance, 1.0)[:, None]
-    return Split(up.to(weight.dtype), down.to(weight.dtype), error, energy)
+    up = (up * balance).to(weight.dtype)
+    down.div_(torch.where(balance > 0, balance, 1.0)[:, None])
+    return Split(up, down.to(weight.dtype), error, energy)
 
 
 def spectrum(
     weight: torch.Tensor,
     *,
-    inputs: torch.Tensor | None = None,
+    inputs: torch.Tensor | Moment | None = None,
     rows: torch.Tensor | None = None,
     damping: float = 0.0,
 ) -> torch.Tensor:
@@ -208,23 +219,38 @@ def spectrum(
 
     ``spectrum(...)[r:].sum()`` is the ``error`` of the split of rank ``r``.
     """
-    norm = _Norm(inputs, damping)
-    scale = _row_scale(rows)
-    if weight.shape[0] <= weight.shape[1]:
-        gram = _gram(_scaled(weight, scale), norm)
-    else:
-        rooted = norm.rooted(_scaled(weight, scale))
-        gram = rooted.T @ rooted
-        del rooted
-    values: torch.Tensor = torch.linalg.eigvalsh(gram)
-    return values.flip(0).clamp_min(0)
+    matrix = Wide(weight, _row_scale(rows))
+    norm = Norm(inputs, damping, weight.device)
+    wide = weight.shape[0] <= weight.shape[1]
+    gram = matrix.outer(norm.read) if wide else matrix.inner(_by(norm.root()))
+    norm.let_go()
+    return eigenvalues(gram).flip(0).clamp_min(0)
+
+
+def left_vectors(weight: torch.Tensor) -> torch.Tensor:
+    """Left singular vectors of a matrix, largest first: float64, (outs, min(outs, ins))."""
+    norm = Norm(None, 0.0, weight.device)
+    return _basis(Wide(weight), norm, min(weight.shape))[0]
 
 
 def output_error(
-    weight: torch.Tensor, other: torch.Tensor, inputs: torch.Tensor | None = None
+    weight: torch.Tensor,
+    other: torch.Tensor | None,
+    inputs: torch.Tensor | Moment | None = None,
 ) -> float:
-    """``tr((W - W~) A (W - W~)')``: the mean squared error of the outputs, summed over them."""
-    return _energy(weight.detach().double() - other.detach().double(), _wide(inputs))
+    """``tr((W - W~) A (W - W~)')``: the mean squared error of the outputs, summed over them.
+
+    Args:
+        weight: W, (outs, ins).
+        other: W~, of the same shape; None for zeros.
+        inputs: A, (ins, ins); None for the identity.
+    """
+    norm, lost = Norm(inputs, 0.0, weight.device), 0.0
+    for part in blocks(len(weight)):
+        gap = weight[part].detach().double()
+        gap = gap if other is None else gap - other[part].detach().double()
+        lost += float((norm.read(gap) * gap).sum())
+    return lost
 
 
 def _row_scale(rows: torch.Tensor | None) -> torch.Tensor | None:
@@ -266,105 +292,96 @@ def gram_energy(matrix: torch.Tensor, moment: torch.Tensor | None) -> torch.Tens
     return (read * matrix).sum(1)
 
 
-def _energy(matrix: torch.Tensor, moment: torch.Tensor | None) -> float:
-    """tr(M A M')."""
-    return float(gram_energy(matrix, moment).sum())
-
-
-class _Norm:
-    """A second moment with damping, which is multiplied with once and then let go.
+class Norm:
+    """A second moment A with damping, which can be let go when it was multiplied with.
 
     Args:
-        inputs: Shape (ins, ins); None for the identity.
+        inputs: A, (ins, ins); None for the identity.
         damping: Relative to the mean of the diagonal.
+        device: Where the matrices are.
     """
 
-    def __init__(self, inputs: torch.Tensor | None, damping: float) -> None:
-        self._inputs = inputs
-        self._added = 0.0 if inputs is None else damping * float(inputs.diagonal().double().mean())
+    def __init__(
+        self, inputs: torch.Tensor | Moment | None, damping: float, device: torch.device
+    ) -> None:
+        if isinstance(inputs, Moment) and inputs.sums[0].device != device:
+            inputs = inputs.dense()  # to be moved once
+        if isinstance(inputs, torch.Tensor):
+            inputs = Moment((inputs.detach().to(device, torch.float64),), 1)
+        self._moment = inputs
+        self._added = 0.0
+        if inputs is not None:
+            self._added = damping * float(inputs.diagonal().mean())
 
-    def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """M A; the matrix itself for the identity."""
-        if self._inputs is None:
-            return matrix
-        read = matrix @ self._inputs.detach().to(matrix.device, torch.float64)
-        self._inputs = None
-        return read.add_(matrix, alpha=self._added)
+    @property
+    def plain(self) -> bool:
+        """Whether A is the identity, or let go."""
+        return self._moment is None
 
-    def rooted(self, matrix: torch.Tensor) -> torch.Tensor:
-        """M C with C C' = A, for any positive semidefinite A."""
-        if self._inputs is None:
-            return matrix
-        own = self._inputs.detach().to(matrix.device, torch.float64, copy=True)
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """X A, which may be X itself."""
+        if self._moment is None:
+            return rows
+        return self._moment.read(rows).add_(rows, alpha=self._added)
+
+    def let_go(self) -> None:
+        """A is needed no more."""
+        self._moment = None
+
+    def root(self) -> torch.Tensor | None:
+        """C with C C' = A, for any positive semidefinite A, (ins, ins); A is let go."""
+        if self._moment is None:
+            return None
+        own = self._moment.dense()
         own.diagonal().add_(self._added)
-        self._inputs = None
-        values, vectors = _eigh(own)
-        return (matrix @ vectors).mul_(values.clamp_min(0).sqrt())
+        self.let_go()
+        values, vectors, _ = largest(own, len(own))
+        return vectors.mul_(values.clamp_min(0).sqrt())
 
 
-def _scaled(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """In float64; not to be changed, for it may be the weight."""
-    return weight.detach().double() if scale is None else weight.detach() * scale[:, None]
+def _by(root: torch.Tensor | None) -> Read:
+    """Multiplies rows with a matrix; None for the identity."""
+    return (lambda rows: rows) if root is None else (lambda rows: rows @ root)
 
 
-def _gram(matrix: torch.Tensor, norm: _Norm) -> torch.Tensor:
-    """M A M', of which both triangles are right but for rounding: solvers read one of them."""
-    return norm.of(matrix) @ matrix.T
-
-
-def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and -vectors of a symmetric matrix, which is overwritten.
-
-    LAPACK works in place, on columns; its workspace is twice the matrix. Other devices take a copy.
-    """
-    if matrix.device.type != "cpu":
-        return tuple(torch.linalg.eigh(matrix))
-    columns = matrix.mT
-    values = matrix.new_empty(len(matrix))
-    torch.linalg.eigh(columns, out=(values, columns))
-    return values, columns
-
-
-def _basis(
-    weight: torch.Tensor, scale: torch.Tensor | None, norm: _Norm, rank: int
-) -> tuple[torch.Tensor, float, float]:
+def _basis(matrix: Wide, norm: Norm, rank: int) -> tuple[torch.Tensor, float, float]:
     """Leading left singular vectors of M C, (outs, rank), with the energy of all and of the rest.
 
     By the Gram matrix of the smaller side. In float64 it resolves singular values down to 1e-8 of
     the largest, which is what float32 weights hold. M is D W; while the vectors are solved for,
     only the Gram matrix is there.
     """
-    if weight.shape[0] <= weight.shape[1]:
-        values, vectors = _eigh(_gram(_scaled(weight, scale), norm))
-        basis = vectors[:, -rank:].flip(1)
-    else:
-        rooted = norm.rooted(_scaled(weight, scale))
-        values, vectors = _eigh(rooted.T @ rooted)
+    outs, ins = matrix.shape
+    root = norm.root() if outs > ins else None
+    gram = matrix.outer(norm.read) if outs <= ins else matrix.inner(_by(root))
+    norm.let_go()
+    energy = float(gram.diagonal().sum())
+    _, vectors, rest = largest(gram, rank)
+    del gram
+    vectors = vectors.flip(1)
+    if outs > ins:
         # QR instead of dividing by singular values, some of which may be zero.
-        basis = _orthonormal(rooted @ vectors[:, -rank:].flip(1))
-    values = values.clamp_min(0)
-    return basis, float(values.sum()), float(values[: len(values) - rank].sum())
+        vectors = orthonormal(matrix.of(vectors if root is None else root @ vectors))
+    return vectors, max(energy, 0.0), max(rest, 0.0)
 
 
 def _random_basis(
-    matrix: torch.Tensor, norm: _Norm, rank: int, seed: int
+    matrix: Wide, norm: Norm, rank: int, seed: int
 ) -> tuple[torch.Tensor, float, float]:
     """The same by randomised subspace iteration (Halko, Martinsson, Tropp, algorithm 4.4)."""
     generator = torch.Generator().manual_seed(seed)
     width = min(rank + max(10, rank // 5), *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator)
-    # W A once, which the energy takes anyway; each further product is with few vectors.
-    read = norm.of(matrix)
-    basis = _orthonormal(matrix @ start.to(matrix.device))
+    start = torch.randn(matrix.shape[1], width, dtype=torch.float64, generator=generator)
+    # M A once, which the energy takes anyway; each further product is with few vectors.
+    read = matrix if norm.plain else Wide(matrix.map(norm.read, matrix.shape[1]))
+    norm.let_go()
+    basis = orthonormal(matrix.of(start.to(matrix.weight.device)))
+    del start
     for _ in range(_POWER_ITERATIONS):
-        basis = _orthonormal(read @ (matrix.T @ basis))
-    small = (read.T @ basis).T @ (matrix.T @ basis)
+        basis = orthonormal(read.of(matrix.under(basis).T))
+    under = matrix.under(basis)
+    small = read.under(basis) @ under.T
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    energy = float(torch.vdot(read.flatten(), matrix.flatten()))
+    energy = read.inner_product(matrix)
     error = max(energy - float(values[-rank:].sum()), 0.0)
     return basis @ vectors[:, -rank:].flip(1), energy, error
-
-
-def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
-    basis: torch.Tensor = torch.linalg.qr(vectors).Q
-    return basis

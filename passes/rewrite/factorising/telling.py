@@ -72,6 +72,9 @@ def profile(
 ) -> list[dict[str, Any]]:
     """Error against size of each layer, by method, with what was chosen; of JSON types.
 
+    Errors of what was chosen are measured. Those of the curves are too, but for the methods that
+    are named under ``"estimated"``; what was expected of a choice among these stands beside it.
+
     Args:
         sites: The layers, in order of execution.
         options: What there was to choose from; empty where nothing was chosen.
@@ -82,19 +85,29 @@ def profile(
             "weight": site.weight,
             "parameters": site.parameters,
             "methods": {},
+            "estimated": [],
             "chosen": {"method": "dense", "kept": 1.0, "error": 0.0},
         }
         for site in sites
     }
+    expected: dict[object, float] = {}
     for option in options:
-        if option.plan is not None:
-            for site in option.sites:
-                curve = found[site]["methods"].setdefault(option.plan.label, [])
-                curve.append([_kept(option.plan), option.plan.error])
+        plan = option.plan
+        if plan is None:
+            continue
+        for site in option.sites:
+            curve = found[site]["methods"].setdefault(plan.label, [])
+            curve.append([_kept(plan), plan.error])
+            if plan.estimated and plan.label not in found[site]["estimated"]:
+                found[site]["estimated"].append(plan.label)
+        if plan.estimated:
+            expected[plan.sites, plan.label, plan.ranks] = plan.error
     for one in found.values():
         one["methods"] = {name: _thinned(curve) for name, curve in one["methods"].items()}
     for plan in plans:
         chosen = {"method": plan.label, "kept": _kept(plan), "error": plan.error}
+        if (guess := expected.get((plan.sites, plan.label, plan.ranks))) is not None:
+            chosen["expected"] = guess
         for site in plan.sites:
             found[site]["chosen"] = chosen
     return list(found.values())

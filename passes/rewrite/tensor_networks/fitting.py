@@ -51,37 +51,60 @@ def fit(
         torch.einsum("aojb,ji->aoib", core.double(), root).to(dtype)
         for core, (root, _) in zip(cores, pairs, strict=True)
     ]
-    inverse = _kronecker([back for _, back in pairs])
-    target = (matrix.double() @ _kronecker([root for root, _ in pairs])).to(dtype)
-    moment = moment.double().to(matrix.device)
-    level = damping * float(moment.diagonal().mean())
-    damped = moment + level * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    metric = (inverse @ damped @ inverse).to(dtype)
+    backs = [back for _, back in pairs]
+    target = _by_legs(matrix.double(), [root for root, _ in pairs]).to(dtype)
+    damped = moment.to(matrix.device, torch.float64, copy=True)
+    damped.diagonal().add_(damping * float(damped.diagonal().mean()))
+    half = _by_legs(damped, backs)
+    del damped
+    metric = _by_legs(half.T, backs).to(dtype)
+    del half
     for site in range(len(state) - 1, 0, -1):
         _push_left(state, site)
+    # What is left of the target, times the metric: followed, so that a step takes one product.
+    missed = (target - _whole(state)) @ metric
+    del target
     for sweep in range(sweeps):
-        _sweep(state, target, metric, steps, forward=sweep % 2 == 0)
-    back = [u for _, u in pairs]
-    state = [torch.einsum("aojb,ji->aoib", c.double(), u) for c, u in zip(state, back, strict=True)]
+        missed = _sweep(state, missed, metric, steps, forward=sweep % 2 == 0)
+    state = [
+        torch.einsum("aojb,ji->aoib", c.double(), u) for c, u in zip(state, backs, strict=True)
+    ]
     return [core.to(dtype) for core in balanced(state)]
+
+
+def _by_legs(rows: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """X (M_1 (x) ... (x) M_n), leg by leg: the product of the matrices is never built."""
+    legs = rows.unflatten(1, [len(matrix) for matrix in matrices])
+    for axis, matrix in enumerate(matrices, 1):
+        # One product of two matrices, also where the leg is short.
+        moved: torch.Tensor = torch.tensordot(legs, matrix, ([axis], [0]))
+        legs = moved.movedim(-1, axis)
+    found: torch.Tensor = legs.flatten(1)
+    return found
+
+
+def _whole(state: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The matrix that cores stand for."""
+    return _Around(state, 0).out(state[0])
 
 
 def _sweep(
     state: list[torch.Tensor],
-    target: torch.Tensor,
+    missed: torch.Tensor,
     metric: torch.Tensor,
     steps: int,
     *,
     forward: bool,
-) -> None:
+) -> torch.Tensor:
     sites = range(len(state)) if forward else range(len(state) - 1, -1, -1)
     last = len(state) - 1 if forward else 0
     for site in sites:
-        state[site] = _solve(state, site, target, metric, steps)
+        state[site], missed = _solve(state, site, missed, metric, steps)
         if site != last and forward:
             _push_right(state, site)
         elif site != last:
             _push_left(state, site)
+    return missed
 
 
 class _Around:
@@ -131,28 +154,30 @@ def _block(
 def _solve(
     state: Sequence[torch.Tensor],
     site: int,
-    target: torch.Tensor,
+    missed: torch.Tensor,
     metric: torch.Tensor,
     steps: int,
-) -> torch.Tensor:
-    """Conjugate gradients on one core, from what it is."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conjugate gradients on one core, from what it is; the core, and what is missed with it."""
     around = _Around(state, site)
     core = state[site]
-    residual = around.back((target - around.out(core)) @ metric)
+    residual = around.back(missed)
     direction = residual
     size = float((residual * residual).sum())
     least = 1e-12 * size
     for _ in range(steps):
-        image = around.back(around.out(direction) @ metric)
+        moved = around.out(direction) @ metric
+        image = around.back(moved)
         curvature = float((direction * image).sum())
         if size <= least or curvature <= 0:
             break
         step = size / curvature
         core = core + step * direction
+        missed = missed.sub_(moved, alpha=step)
         residual = residual - step * image
         before, size = size, float((residual * residual).sum())
         direction = residual + size / before * direction
-    return core
+    return core, missed
 
 
 def _push_left(state: list[torch.Tensor], site: int) -> None:
@@ -169,10 +194,3 @@ def _push_right(state: list[torch.Tensor], site: int) -> None:
     basis, rest = torch.linalg.qr(core.flatten(0, 2))
     state[site] = basis.reshape(*core.shape[:3], -1)
     state[site + 1] = torch.tensordot(rest, state[site + 1], ([1], [0]))
-
-
-def _kronecker(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    whole = matrices[0]
-    for matrix in matrices[1:]:
-        whole = torch.kron(whole, matrix)
-    return whole

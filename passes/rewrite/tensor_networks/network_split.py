@@ -12,7 +12,7 @@ import torch
 from torchlathe.ir import Program
 from torchlathe.ir.axes import AxisTerms, Concat, Product, Term
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
-from torchlathe.passes.rewrite.factorising.amounts import AmountOptions
+from torchlathe.passes.rewrite.factorising.amounts import SplitOptions
 from torchlathe.passes.rewrite.factorising.metrics import Metrics, collect_metrics
 from torchlathe.passes.rewrite.factorising.sensitivity import Effects, output_weights
 from torchlathe.passes.rewrite.factorising.sites import Site, chosen_sites, find_sites
@@ -64,7 +64,7 @@ class NetworkSources:
 
 
 @dataclass(frozen=True)
-class NetworkSplit(AmountOptions, RewritePass):
+class NetworkSplit(SplitOptions, RewritePass):
     """Writes linear layers and 1 x 1 convolutions as networks of small tensors.
 
     Keeps: shapes and calls of everything else, biases, and ties. Changes: each split parameter
@@ -95,31 +95,9 @@ class NetworkSplit(AmountOptions, RewritePass):
             "to keep"
         },
     )
-    allocation: Literal["auto", "uniform", "greedy", "exact"] = field(
-        default="auto",
-        metadata={
-            "help": "how the budget is shared out: the same share for each layer, by equal slope "
-            "of the errors, or by integer programming; auto is exact for up to 512 layers, else "
-            "greedy, and uniform where a rank is given"
-        },
-    )
-    weigh: Literal["output", "layer"] = field(
-        default="output",
-        metadata={
-            "help": "what an allocation keeps small: the error of each layer times its effect on "
-            "the outputs, or the error of each layer as it is"
-        },
-    )
     sweeps: int = field(
         default=2,
         metadata={"help": "how often the cores are fitted in turn to the calibration data"},
-    )
-    damping: float = field(
-        default=1e-6,
-        metadata={
-            "help": "how much directions that the calibration data never shows count, relative to "
-            "the mean direction"
-        },
     )
     lowering: Lowering = field(
         default="auto",
@@ -132,13 +110,6 @@ class NetworkSplit(AmountOptions, RewritePass):
         default=None,
         metadata={"help": "rows of the input to choose that by; by default the example inputs'"},
     )
-    time: bool = field(
-        default=True,
-        metadata={
-            "help": "choose by the clock and not by the cost model alone, and name the layers that "
-            "are slower than before"
-        },
-    )
 
     def __post_init__(self) -> None:
         """Refuse impossible options.
@@ -148,7 +119,7 @@ class NetworkSplit(AmountOptions, RewritePass):
                 contradict one another.
         """
         super().__post_init__()
-        self.check_amounts()
+        self.check_split()
         if self.latency is not None:
             raise self.refused(
                 "latency is no budget of this pass",
@@ -164,18 +135,11 @@ class NetworkSplit(AmountOptions, RewritePass):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise self.refused(f"{name} is {value}, but must be at least {least}")
-        if not 0 <= self.damping <= 1:
-            raise self.refused(f"damping is {self.damping}, but must be between 0 and 1")
-        if self._same_for_all and self.allocation not in ("auto", "uniform"):
-            raise self.refused(
-                f"rank and error say the same for every layer, and allocation={self.allocation} "
-                "chooses",
-                "give share or params instead",
-            )
 
     @property
-    def _same_for_all(self) -> bool:
-        return self.rank is not None or self.error is not None
+    def same_for_all(self) -> str | None:
+        """As for every split; an error is said of each layer too."""
+        return super().same_for_all or (None if self.error is None else "error")
 
     @abstractmethod
     def modes(self, site: Site, structures: Modes) -> Modes | None:
@@ -214,7 +178,9 @@ class NetworkSplit(AmountOptions, RewritePass):
             if site not in plans:
                 left.setdefault(site.weight, "the budget is best spent on it")
         diagnostics += [*told(plans, lowered), *left_alone(left)]
-        details = {"layer_profile": profile(sites, chosen.options, plans)}
+        fitted = self.method != "svd" and self.sweeps > 0
+        curves = profile(sites, chosen.options, plans, estimated=fitted)
+        details = {"layer_profile": curves}
         numbers = statistics(sites, plans, lowered)
         return PassResult(bool(plans), numbers, diagnostics, details=details)
 
@@ -248,10 +214,7 @@ class NetworkSplit(AmountOptions, RewritePass):
         left: dict[str, str],
         sources: NetworkSources,
     ) -> tuple[Chosen, Metrics]:
-        how = self.allocation
-        if how == "auto":
-            how = "exact" if len(sites) <= 512 else "greedy"
-            how = "uniform" if self._same_for_all else how
+        how = self.shared_out(len(sites))
         if self.rank is not None:
             return of_rank(self, sites, modes, left), metrics
         if self.error is not None:

@@ -72,34 +72,46 @@ def _slower(site: Site, calls: Sequence[Lowered]) -> Iterator[Diagnostic]:
 
 
 def profile(
-    sites: Sequence[Site], options: Sequence[Option], plans: Mapping[Site, NetworkPlan]
+    sites: Sequence[Site],
+    options: Sequence[Option],
+    plans: Mapping[Site, NetworkPlan],
+    *,
+    estimated: bool,
 ) -> list[dict[str, Any]]:
-    """Error against size of each layer, with what was chosen; of JSON types.
+    """Error against size of each layer, with what was chosen; of JSON types, as that of products.
 
     Args:
         sites: The layers, in order of execution.
         options: What there was to choose from; empty where nothing was chosen.
         plans: What was chosen, with the errors that it has.
+        estimated: Whether the errors of the options are estimates.
     """
     found: dict[Site, dict[str, Any]] = {
         site: {
             "weight": site.weight,
             "parameters": site.parameters,
             "methods": {},
+            "estimated": [],
             "chosen": {"method": "dense", "kept": 1.0, "error": 0.0},
         }
         for site in sites
     }
+    expected: dict[object, float] = {}
     for option in options:
         plan: Any = option.plan
         if plan is not None:
             (site,) = option.sites
             point = [round(plan.parameters / site.parameters, 6), plan.error]
             found[site]["methods"].setdefault(plan.kind, []).append(point)
+            if estimated:
+                found[site]["estimated"] = [plan.kind]
+                expected[site, plan.bonds] = plan.error
     for site, chosen in plans.items():
         found[site]["chosen"] = {
             "method": chosen.kind,
             "kept": round(chosen.parameters / site.parameters, 6),
             "error": chosen.error,
         }
+        if (site, chosen.bonds) in expected:
+            found[site]["chosen"]["expected"] = expected[site, chosen.bonds]
     return list(found.values())

@@ -212,6 +212,9 @@ def input_factors(
     legs = moment.double().reshape(*ins, *ins)
     count = len(ins)
     total = float(moment.double().diagonal().sum())
+    if not total > 0:
+        # Nothing varies, for instance since all samples are the same: no direction is preferred.
+        return [torch.eye(extent, dtype=torch.float64, device=moment.device) for extent in ins]
     found = []
     for site, extent in enumerate(ins):
         order = [site, count + site]
@@ -222,7 +225,7 @@ def input_factors(
         factor = moved.diagonal(dim1=2, dim2=3).sum(-1)
         factor = (factor + factor.T) / 2
         # Traces multiply, so that each takes the n-th root of the whole.
-        factor = factor * (total ** (1 / count) / max(total, 1e-300))
+        factor = factor * (total ** (1 / count) / total)
         level = float(factor.diagonal().mean())
         factor.diagonal().add_(max(damping, 1e-12) * level + 1e-300)
         found.append(factor)

@@ -18,7 +18,16 @@ from torchlathe.passes.spec import parse_pipeline
 from torchlathe.tools.bench import character_model
 from torchlathe.tools.bench.low_rank.remembering import Remembered
 
-__all__ = ["CONTESTANTS", "HEAL", "SHARES", "characters", "healed", "healed_minilm", "minilm"]
+__all__ = [
+    "CONTESTANTS",
+    "HEAL",
+    "SHARES",
+    "characters",
+    "encoder",
+    "healed",
+    "healed_minilm",
+    "minilm",
+]
 
 SHARES: Final = (0.7, 0.5, 0.35)
 _PRODUCTS = ("svd", "whitened-svd", "joint")
@@ -26,6 +35,7 @@ CONTESTANTS: Final[dict[str, dict[str, Any]]] = {
     "svd, uniform": {"method": "svd", "allocation": "uniform"},
     "svd": {"method": "svd"},
     "fisher-weighted, uniform": {"method": "fisher-weighted", "allocation": "uniform"},
+    "fisher-weighted": {"method": "fisher-weighted"},
     "whitened, uniform": {"allocation": "uniform"},
     "whitened and joint, uniform": {"allocation": "uniform", "joint": True},
     "whitened, by layer errors": {"weigh": "layer"},
@@ -40,9 +50,10 @@ CONTESTANTS: Final[dict[str, dict[str, Any]]] = {
 }
 # Under a budget of the whole model, embeddings are split too.
 WHOLE: Final = ("svd", "whitened", "mixed, without networks")
-HEALED: Final = ("svd", "whitened", "mixed, exact")
-HEALED_MINILM: Final = ("whitened, uniform", "mixed, exact")
-HEAL: Final = "heal{method=closed-form}"
+# What is healed: of each kind of method the allocated one, and the mixed choice.
+HEALED: Final = ("svd", "whitened", "whitened and joint", "tensor trains", "mixed, exact")
+# As many steps for all methods of a model.
+HEAL: Final = {"characters": "heal{steps=40,lr=0.001}", "minilm": "heal{steps=20,lr=0.0001}"}
 _SENTENCES, _TEST, _BATCH = 256, 96, 32
 
 Row = dict[str, Any]
@@ -50,12 +61,12 @@ _Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 _Judge: TypeAlias = Callable[[Program], Row]
 
 
-def _encoder() -> tuple[Program, list[Any], _Loss, _Judge]:
+def encoder() -> tuple[Program, list[Any], _Loss, _Judge]:
     """MiniLM, its calibration batches, a loss, and how it is judged on other sentences."""
     from torchlathe.tools.demo_minilm import compare_embeddings, embed, load_encoder
     from torchlathe.tools.sentence_encoder import documentation_sentences
 
-    encoder, tokenizer = load_encoder()
+    model, tokenizer = load_encoder()
     sentences = documentation_sentences()
     random.Random(0).shuffle(sentences)
     test = sentences[:_TEST]
@@ -65,8 +76,8 @@ def _encoder() -> tuple[Program, list[Any], _Loss, _Judge]:
     random.Random(1).shuffle(batches)
     axes = {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("sequence", max=512)}
     shapes = dict.fromkeys(("input_ids", "attention_mask"), axes)
-    program = capture(encoder, (), dict(batches[0]), dynamic_shapes=shapes)
-    before = embed(encoder, tokenizer, test)
+    program = capture(model, (), dict(batches[0]), dynamic_shapes=shapes)
+    before = embed(model, tokenizer, test)
 
     def loss(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Which other sentence is nearest, with answers drawn from the encoder's own."""
@@ -89,7 +100,7 @@ def minilm(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> I
 
     Rows with ``"whole"`` are by the share of the whole model instead.
     """
-    program, batches, loss, judge = _encoder()
+    program, batches, loss, judge = encoder()
     kept = Remembered("low-rank-minilm")
     for name, options in _chosen(CONTESTANTS, only):
         for share in SHARES:
@@ -137,21 +148,21 @@ def healed(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> I
     program = capture(model, (batches[0],), dynamic_shapes=axes)
     test = list(character_model.batches(24, test=True, seed=1))
     kept = Remembered("low-rank-characters")
-    wanted = [(name, share) for name in HEALED for share in SHARES]
 
     def judge(after: Program) -> Row:
         return {"perplexity": character_model.perplexity(after.run, test)}
 
-    for row in _healed(console, program, batches, judge, kept, wanted, done, only):
+    given = console, program, batches, judge, kept, HEAL["characters"]
+    for row in _healed(*given, done, only):
         yield row | {"before": row["before"]["perplexity"]}
 
 
 def healed_minilm(console: Console, done: Sequence[Row], only: Sequence[str] = ()) -> Iterator[Row]:
     """Agreement of MiniLM before and after `heal`, for some of the contestants."""
-    program, batches, _, judge = _encoder()
+    program, batches, _, judge = encoder()
     kept = Remembered("low-rank-minilm")
-    wanted = [(name, share) for share in (0.5, 0.7, 0.35) for name in HEALED_MINILM]
-    for row in _healed(console, program, batches, judge, kept, wanted, done, only):
+    given = console, program, batches, judge, kept, HEAL["minilm"]
+    for row in _healed(*given, done, only):
         yield row | {"before": row["before"]["cosine"]}
 
 
@@ -161,14 +172,15 @@ def _healed(
     batches: Sequence[Any],
     judge: _Judge,
     kept: Remembered,
-    wanted: Sequence[tuple[str, float]],
+    healing: str,
     done: Sequence[Row],
     only: Sequence[str],
 ) -> Iterator[Row]:
-    (heal,) = parse_pipeline(HEAL)
+    (heal,) = parse_pipeline(healing)
+    wanted = [(name, share) for share in (0.5, 0.35, 0.7) for name in HEALED]
     for name, share in wanted:
-        key = {"contestant": name, "share": share}
-        if _has(done, key) or not (not only or any(word in name for word in only)):
+        key = {"contestant": name, "share": share, "heal": healing}
+        if _has(done, key) or not (not only or name in only):
             continue
         chosen = LowRankSplit(share=share, time=False, **CONTESTANTS[name])
         after = program.copy()
@@ -181,18 +193,18 @@ def _healed(
         seconds = time.process_time() - start
         found = judge(after)
         console.print(f"{key}: {before}, healed {found}, {seconds:.0f} s")
-        row = key | {"spec": f"{chosen.spec()},{HEAL}", "before": before}
+        row = key | {"spec": f"{chosen.spec()},{healing}", "before": before}
         yield row | found | {"seconds": seconds}
 
 
 def _chosen(
     contestants: Mapping[str, dict[str, Any]], only: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from ((n, o) for n, o in contestants.items() if not only or any(w in n for w in only))
+    yield from ((n, o) for n, o in contestants.items() if not only or n in only)
 
 
 def _has(done: Sequence[Row], key: Row) -> bool:
-    names = ("contestant", "share", "whole")
+    names = ("contestant", "share", "whole", "heal")
     return any(all(row.get(n) == key.get(n) for n in names) for row in done)
 
 
