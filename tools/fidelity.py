@@ -103,7 +103,7 @@ def compare_outputs(
 
 
 def _called(model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a model on containers and tensors of its own: a model may grow a cache that it is given."""
+    """Call a model on containers and tensors of its own: it may grow a cache that it is given."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     own = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(own, spec)

@@ -65,7 +65,7 @@ def meaning(
     parts = codes.unflatten(-1, (-1, group))
     numbers = decode(parts, form, None if zeros is None else zeros[..., None], wide)
     result = (numbers * real[..., None]).flatten(-2).to(dtype)
-    result = result[..., :width] if missing else result
+    result = result[..., :width].contiguous() if missing else result
     return result.reshape(shape) if form.each == 1 else result
 
 
@@ -123,7 +123,29 @@ def _backward_dequantize(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (None, found, None, None, None, None, None, None)
 
 
+def _fake_dequantize(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    total: Tensor | None,
+    columns: int,
+    group: int,
+    format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    if format_of(format).each > 1:
+        return values.new_empty((*values.shape[: scales.dim() - 1], columns), dtype=dtype)
+    whole = scales.shape[-1] == 1  # a product, which has the strides of the numbers
+    return (
+        torch.empty_like(values, dtype=dtype)
+        if whole
+        else values.new_empty(values.shape, dtype=dtype)
+    )
+
+
 _trained: Any = dequantize
+# Not the body on fakes, which takes some ten times as long, for each weight and each pass.
+_trained.register_fake(_fake_dequantize)
 _trained.register_autograd(_backward_dequantize, setup_context=_setup_dequantize)
 
 

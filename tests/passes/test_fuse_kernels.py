@@ -13,7 +13,7 @@ import torchlathe as tl
 from torchlathe import PassManager, capture
 from torchlathe.ir import Error, Program
 from torchlathe.passes.rewrite.lowering.layers import Layer, logical_layers
-from torchlathe.passes.rewrite.lowering.speeds import Speeds
+from torchlathe.passes.rewrite.lowering.speeds import Speeds, about
 
 
 class Block(nn.Module):
@@ -131,6 +131,16 @@ def test_eager_measures_and_says_what_is_slower() -> None:
     dense = PassManager("fuse-kernels{fallback=dense,choose=rule}").run(logical)
     assert dense.history[-1].statistics["dense"] == 5
     assert ops_of(dense).count("dequantize") == 0
+
+
+@pytest.mark.parametrize("extent", [1, 40, 256, 257, 264, 300, 768, 2151, 3072, 11008])
+def test_a_size_that_stands_for_those_near_to_it(extent: int) -> None:
+    stands = about(extent)
+    assert abs(stands - extent) <= extent / 16 + 8
+    assert stands == extent or extent > 256
+    # what ops need to be divided stays as it is, and so does what is not
+    for divisor in (16, 8, 4):
+        assert (stands % divisor == 0) == (extent % divisor == 0)
 
 
 def test_speeds_are_kept(tmp_path: Path) -> None:

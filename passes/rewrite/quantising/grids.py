@@ -35,8 +35,9 @@ Clip = Literal["none", "mse"]
 
 # Shares of the range that a search tries; all of it first, which wins a tie.
 _SHARES = tuple(1 - 0.03 * step for step in range(22))
-# Elements that a search holds in wide form at a time; rows do not depend on one another.
-_MANY = 2**20
+# Elements that a search holds in wide form at a time, few enough for a cache; rows do not depend on
+# one another.
+_MANY = 2**18
 
 
 @dataclass(frozen=True)
