@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
     from torchlathe.ir.program import Program
 
-__all__ = ["flatten_inputs", "input_paths"]
+__all__ = ["flatten_inputs", "input_paths", "same_input_types"]
+
+
+def same_input_types(a: Program, b: Program) -> bool:
+    """Whether two programs take tensors of the same dtypes, so that one's inputs fit the other."""
+    pairs = zip(a.input_nodes, b.input_nodes, strict=True)
+    return all(_dtype(first) == _dtype(second) for first, second in pairs)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 def input_paths(program: Program) -> list[str]:

@@ -28,6 +28,7 @@ from torchlathe.ir import (
     describe,
 )
 from torchlathe.ir.cost import ProgramCost
+from torchlathe.ir.inputs import same_input_types
 from torchlathe.ir.verifying import Level, cannot_run, check_equivalence, verify
 from torchlathe.passes.base import (
     AnalysisPass,
@@ -404,11 +405,9 @@ class _Run:
 
 def _other_inputs(before: Program, after: Program) -> str | None:
     """Why two programs cannot be run on the same inputs, if they cannot."""
-    pairs = zip(before.input_nodes, after.input_nodes, strict=True)
-    kinds = [[getattr(n.meta.get("val"), "dtype", None) for n in pair] for pair in pairs]
-    if any(old != new for old, new in kinds):
-        return "the pass changed the type of inputs, and measures by itself what that does"
-    return None
+    if same_input_types(before, after):
+        return None
+    return "the pass changed the type of inputs, and measures by itself what that does"
 
 
 def _cost_fields(when: str, program: Program, cost: ProgramCost) -> dict[str, Any]:

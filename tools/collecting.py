@@ -16,7 +16,7 @@ import torch
 
 from torchlathe._version import __version__
 from torchlathe.ir import InputError, Program
-from torchlathe.ir.inputs import input_paths
+from torchlathe.ir.inputs import input_paths, same_input_types
 from torchlathe.tools.fidelity import OutputFidelity, compare_outputs
 from torchlathe.tools.latency import Latency, compare_latency, tensor_text
 from torchlathe.tools.report import FamilyRow, ParameterRow, PinRow, Report, Totals
@@ -76,9 +76,14 @@ def collect_report(
     start = time.perf_counter()
     if original is not None and compiled is not None:
         batches, inputs_are, left_out = _batches(before, calibration)
-        fidelity = compare_outputs(original, compiled, batches)
+        stored = not same_input_types(before, after)
+        fidelity = compare_outputs(
+            original, _on_stored_inputs(compiled, after) if stored else compiled, batches
+        )
         notes = [*notes, *left_out]
-        if latency_seconds > 0:
+        if stored:
+            notes.append("latency is not compared: the two take inputs of other types")
+        elif latency_seconds > 0:
             args, kwargs = before.example_inputs
             latency = compare_latency(
                 original, compiled, args, kwargs, budget_seconds=latency_seconds
@@ -272,6 +277,17 @@ def units_left(
             return int(owner[owner >= 0].unique().numel())
     # Without any tensor left, the family went with everything that read it.
     return int(family.extent) if alive else 0
+
+
+def _on_stored_inputs(compiled: Callable[..., Any], after: Program) -> Callable[..., Any]:
+    """The compiled model on the inputs of the original."""
+    from torchlathe.passes.rewrite.quantising.quantize_cache import stored_inputs
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = stored_inputs(after, args, kwargs)
+        return compiled(*args, **kwargs)
+
+    return call
 
 
 def program_families(program: Program) -> Any:

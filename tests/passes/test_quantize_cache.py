@@ -197,6 +197,22 @@ def test_floating_caches_can_be_stored_by_the_caller(tmp_path: Path) -> None:
     assert torch.equal(loaded(**stored).logits, found.logits)
 
 
+def test_compile_compares_on_stored_inputs(tmp_path: Path) -> None:
+    model = _llama()
+    _, kwargs = _step(model)
+    compiled = tl.compile(model, "quantize-cache", example_kwargs=kwargs, example_inputs=())
+    (logits,) = [row for row in compiled.report.fidelity if row.name == "logits"]
+    assert logits.cosine is not None
+    assert logits.cosine > 0.999  # half of a 255th of what a row spans
+    assert compiled.report.latency is None
+    assert any("other types" in note for note in compiled.report.notes)
+    compiled.save(tmp_path / "step.tl")
+    _, stored = stored_inputs(compiled.program, (), kwargs)
+    with torch.no_grad():
+        found = tl.load(tmp_path / "step.tl")(**stored)
+        assert torch.equal(found["logits"], compiled(**stored)["logits"])
+
+
 class Static(nn.Module):
     """Attention over a cache that is allocated beforehand; new rows are written in place of old."""
 
