@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ def skeleton(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -
         ) from error
     finally:
         torch.set_default_dtype(before)
+    if hasattr(model, "generation_config") and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
     return model
 
 

@@ -392,3 +392,42 @@ def test_seeing_through_what_changes_nothing() -> None:
     assert found is not None
     assert found[1] is half
     assert source(found[0]) is relu
+
+
+def test_a_bias_that_is_computed_stays_with_its_convolution() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gain = nn.Conv2d(16, 32, 3), nn.Parameter(torch.rand(32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            bias = self.conv.bias
+            assert bias is not None
+            return nn.functional.conv2d(x, self.conv.weight, bias * self.gain + 5)
+
+    torch.manual_seed(0)
+    model, x = Scaled().eval(), torch.randn(2, 16, 9, 9)
+    spec = "quantize,fuse-kernels{choose=rule,device=cpu}"
+    fused = PassManager(spec).run(capture(model, (x,)))
+    assert "torchlathe.w8a8_conv2d.default" in [str(node.target) for node in fused.nodes]
+    assert (fused.run(x) - model(x)).abs().max() < 0.1  # of values around 5, in 8 bits
+
+
+def test_two_layers_do_not_take_in_the_same_sum() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x) + self.b(x.relu())
+            return self.c(h) + h.tanh()
+
+    torch.manual_seed(0)
+    model, x = Sum().eval(), torch.randn(8, 64)
+    spec = "quantize,fuse-kernels{choose=rule,device=cpu}"
+    fused = PassManager(spec).run(capture(model, (x,)))
+    targets = [str(node.target) for node in fused.nodes]
+    assert targets.count("torchlathe.w8a8_linear.default") == 3
+    assert "aten.linear.default" not in targets
+    assert (fused.run(x) - model(x)).norm() < 0.02 * model(x).norm()

@@ -184,3 +184,43 @@ def test_bad_input() -> None:
     with pytest.raises(tl.Error, match="no family is left"):
         run("insert-lora{rank=2},sparse-train{steps=10}")
     assert issubclass(PreconditionError, tl.Error)
+
+
+def test_adapters_of_any_name_and_twice_are_merged() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.outer = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outer(self.inner(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model, x = Attending().eval(), torch.randn(2, 5, 16)
+    program = tl.PassManager("insert-lora{rank=4},insert-lora{rank=2}").run(tl.capture(model, (x,)))
+    assert sum("lora" in name for name in program.parameters) == 12
+    for name in program.parameters:
+        if "lora_up" in name:
+            program.tensor(name).detach().normal_()
+    want = program.run(x)
+    merged = tl.PassManager("merge-lora").run(program)
+    assert not any("lora" in name for name in merged.parameters)
+    torch.testing.assert_close(merged.run(x), want, rtol=1e-4, atol=1e-4)  # sums of some hundreds
+
+
+def test_what_is_only_called_an_adapter_stays() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.lora_down = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.lora_up = nn.Linear(2, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.lora_up(self.lora_down(2 * x))
+
+    torch.manual_seed(0)
+    model, x = Own().eval(), torch.randn(3, 8)
+    merged = tl.PassManager("merge-lora").run(tl.capture(model, (x,)))
+    assert "lora_up.weight" in merged.parameters
+    torch.testing.assert_close(merged.run(x), model(x))

@@ -279,3 +279,22 @@ def test_a_second_time_changes_nothing() -> None:
     program, _ = _step(_llama())
     after = PassManager("quantize-cache,quantize-cache").run(program)
     assert [record.changed for record in after.history] == [True, False]
+
+
+def test_rows_that_are_only_passed_on_stay_floating() -> None:
+    class Crossing(nn.Module):
+        def forward(
+            self, past: torch.Tensor, new: torch.Tensor, cross: torch.Tensor
+        ) -> dict[str, Any]:
+            joined = torch.cat([past, 2 * new], 2)
+            read = joined.sum(2) + cross.sum(2)
+            return {"past_key_values": (joined, cross), "read": read}
+
+    rows = [torch.randn(1, 2, n, 16) for n in (4, 1, 5)]
+    small = PassManager("quantize-cache").run(capture(Crossing(), tuple(rows)))
+    kinds = [node.meta["val"].dtype for node in small.input_nodes]
+    assert kinds == [torch.uint8, torch.float32, torch.float32]
+    outputs: Any = small.output_node.args[0]
+    joined, cross, _ = outputs
+    assert joined.meta["val"].dtype == torch.uint8
+    assert cross.meta["val"].dtype == torch.float32

@@ -129,7 +129,10 @@ class Batcher:
                 future.set_result(result)
 
     def _all(self, items: list[Any]) -> Sequence[Any]:
-        results = self._run(items)
+        try:
+            results = self._run(items)
+        except StopIteration as error:  # which no future can hold
+            raise RuntimeError("the model raised StopIteration") from error
         if len(results) != len(items):
             raise ValueError(f"{len(results)} results for {len(items)} items")
         return results

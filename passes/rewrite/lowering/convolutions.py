@@ -13,7 +13,6 @@ from torch import fx
 from torchlathe.ir import Program
 from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.extents import as_int, example_sizes, expression
-from torchlathe.ir.provenance import info
 from torchlathe.kernels.convolution.op import pack_conv
 from torchlathe.kernels.dequantize.formats import pack
 from torchlathe.passes.rewrite.lowering.forms import Maker
@@ -94,9 +93,9 @@ class Convolution:
             layer, "windows", lambda: pack_conv(values.view(self.weights), row_scales[:, 0])
         )
         geometry = [list(each) for each in (self.kernel, self.stride, self.padding, self.dilation)]
-        target = ops.w8a8_conv2d.default
+        target, bias = ops.w8a8_conv2d.default, maker.now(layer.bias)
         new = maker.call(
-            layer, target, numbers, scales, *weight, layer.bias, *geometry, self.weights[0],
+            layer, target, numbers, scales, *weight, bias, *geometry, self.weights[0],
             layer.dtype, layer.activation,
         )  # fmt: skip
         maker.stands(layer.last, new)
@@ -163,7 +162,7 @@ def convolution_of(program: Program, layer: Layer) -> Convolution | None:
     name = None if after is None else activation_of(after[1])
     layer = replace(
         layer,
-        bias=bias if isinstance(bias, fx.Node) and info(bias).tensor is not None else None,
+        bias=bias if isinstance(bias, fx.Node) else None,
         activation=name or "none",
         last=call if name is None or after is None else after[1],
         rows=1,

@@ -20,7 +20,7 @@ from torchlathe.kernels.semi_structured import op as semi_structured
 from torchlathe.kernels.tuning.table import tile_for
 from torchlathe.kernels.tuning.tiles import Problem
 from torchlathe.passes.rewrite.lowering.forms import Maker
-from torchlathe.passes.rewrite.lowering.layers import Layer, tokens_of, with_epilogue
+from torchlathe.passes.rewrite.lowering.layers import Layer, claimed_once, tokens_of, with_epilogue
 from torchlathe.passes.rewrite.lowering.seeing import next_reader, source
 
 __all__ = ["Blocks", "Fours", "Thin", "floating_layers"]
@@ -207,14 +207,14 @@ def floating_layers(
         device: Type of device that they are for.
         taken: Nodes that another op stands for.
     """
-    sizes = example_sizes(program)
+    sizes, sums = example_sizes(program), set(taken)
     for call in program.graph.find_nodes(op="call_function", target=aten.linear.default):
         data, weight = call.args[0], call.args[1]
         if call in taken or not isinstance(data, fx.Node) or not isinstance(weight, fx.Node):
             continue
         if info(weight).tensor is None:
             continue
-        layer = with_epilogue(_layer(call, data, weight, sizes))
+        (layer,) = claimed_once([with_epilogue(_layer(call, data, weight, sizes))], sums)
         if device == "cuda" and (thin := _thin(layer, device, sizes)) is not None:
             yield thin
         elif (zeros := _with_zeros(program, layer, device)) is not None:

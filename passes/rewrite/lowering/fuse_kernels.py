@@ -164,7 +164,7 @@ class Chooser:
                 yield self._convolution(convolution)
             else:
                 yield self._as_it_is(layer, f"{layer.kind} has no fused op")
-        taken = {layer.call for layer in layers}
+        taken = {node for layer in layers for node in (layer.call, layer.last)}
         taken |= {user for layer in layers for node in layer.low_rank or () for user in node.users}
         for floating in floating_layers(self.program, self.device, taken):
             yield self._floating(floating)

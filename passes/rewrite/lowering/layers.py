@@ -25,6 +25,7 @@ __all__ = [
     "ROUND_TOKENS",
     "Layer",
     "activation_of",
+    "claimed_once",
     "gated_halves",
     "logical_layers",
     "logical_nodes",
@@ -60,6 +61,7 @@ class Layer:
         gated: The layer that this one gates, where one op computes both.
         halves: Whether the first half of the features gates the second.
         low_rank: Nodes of the factors ``down`` and ``up`` whose product with the input is added.
+        before_sum: What ``last`` is without the residual.
     """
 
     call: fx.Node
@@ -75,6 +77,7 @@ class Layer:
     gated: Layer | None = None
     halves: bool = False
     low_rank: tuple[fx.Node, fx.Node] | None = None
+    before_sum: fx.Node | None = None
 
     @property
     def format(self) -> Format:
@@ -176,6 +179,7 @@ def logical_layers(program: Program, device: str = "cpu") -> list[Layer]:
         found += [_layer(call, weight, sizes, terms=device == "cuda") for call in _readers(weight)]
     if device == "cuda":
         found = _with_gates([_halved(layer) for layer in found])
+    found = claimed_once(sorted(found, key=lambda layer: order[layer.call]), set())
     return sorted(found, key=lambda layer: order[layer.last])
 
 
@@ -259,7 +263,26 @@ def with_epilogue(layer: Layer) -> Layer:
 
 def _with_residual(layer: Layer) -> Layer:
     added = _sum_of(layer.last)
-    return layer if added is None else replace(layer, residual=added[0], last=added[1])
+    if added is None:
+        return layer
+    return replace(layer, residual=added[0], last=added[1], before_sum=layer.last)
+
+
+def claimed_once(layers: Sequence[Layer], claimed: set[fx.Node]) -> list[Layer]:
+    """Layers of which no two take in the same sum: the second is what the first one adds.
+
+    Args:
+        layers: In order of their calls.
+        claimed: The nodes that ops stand for already; those of the layers are added.
+    """
+    found = []
+    for layer in layers:
+        if layer.residual is not None and layer.last in claimed:
+            assert layer.before_sum is not None
+            layer = replace(layer, residual=None, last=layer.before_sum, before_sum=None)
+        claimed.add(layer.last)
+        found.append(layer)
+    return found
 
 
 def _sum_of(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -94,8 +94,10 @@ def _written_out(edit: Edit, node: fx.Node) -> _Norm | None:
     factors = [_uncast(part) for part in node.args if isinstance(part, fx.Node)]
     weights = [part for part in factors if info(part).tensor is not None]
     scaled = [part for part in factors if part.target is aten.mul.Tensor]
-    if len(weights) != 1 or len(scaled) != 1 or weights[0].meta["val"].dim() != 1:
+    if len(weights) != 1 or len(scaled) != 1:
         return None
+    if weights[0].meta["val"].shape != node.meta["val"].shape[-1:]:
+        return None  # one weight for all, say, which kernels do not read
     parts = [_uncast(part) for part in scaled[0].args if isinstance(part, fx.Node)]
     roots = [part for part in parts if part.target is aten.rsqrt.default]
     if len(parts) != 2 or len(roots) != 1:

@@ -77,8 +77,23 @@ def find_caches(program: Program) -> list[Cache]:
             past, steps = chain
             found.append(Cache(past, steps, place, path, columns, kind))
         elif any(word in path for word in ("cache", "past_key_value")):
+            if _reads_rows(node, columns):
+                continue  # it holds an input that stays floating, in a way that is not known
             found.append(Cache(None, (node,), place, path, columns, kind))
     return found
+
+
+def _reads_rows(node: fx.Node, columns: int) -> bool:
+    """Whether rows that a caller gives go into a value, or are it."""
+    seen, todo = {node}, [node]
+    while todo:
+        part = todo.pop()
+        given = part.op == "placeholder" and info(part).tensor is None
+        if given and _is_rows(part) and part.meta["val"].shape[-1] == columns:
+            return True
+        todo += [each for each in part.all_input_nodes if each not in seen]
+        seen |= set(part.all_input_nodes)
+    return False
 
 
 def output_paths(program: Program) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ _MATRIX: dict[Any, int] = {
 }
 # How adapters are known again: the ends of their names.
 _DOWN, _UP = "lora_down", "lora_up"
+_IS_DOWN, _IS_UP = (re.compile(rf"(?:^|[._]){end}\d*\.weight$") for end in (_DOWN, _UP))
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class InsertLora(RewritePass):
         sites, left = chosen_sites(
             *find_sites(program), self.include, self.exclude, embeddings=False, where=self.name
         )
+        adapters = {s.weight for s in sites if is_rank(s.weight) or _IS_UP.search(s.weight)}
+        left |= {name: "it is an adapter itself" for name in adapters}
+        sites = [site for site in sites if site.weight not in adapters]
         chosen = [site for site in sites if site.kind == "linear"]
         left |= {s.weight: "it is no linear layer" for s in sites if s.kind != "linear"}
         diagnostics = list(left_alone(left)) if self.include or not chosen else []
@@ -129,12 +134,16 @@ class MergeLora(RewritePass):
             told = Diagnostic("warning", "there is no adapter to merge; insert-lora adds some")
             return PassResult(False, {"adapters": 0}, [told])
         merged: set[str] = set()
-        with program.edit(by=ctx.spec) as edit:
-            for whole, call, weight, down, up in found:
-                if weight not in merged:
-                    _merge(edit, call, weight, down, up)
-                    merged.add(weight)
-                edit.replace(whole, call)
+        while found:  # a layer may have an adapter beside an adapter
+            with program.edit(by=ctx.spec) as edit:
+                done: set[str] = set()
+                for whole, call, weight, down, up in found:
+                    if up not in done:
+                        _merge(edit, call, weight, down, up)
+                        done.add(up)
+                    edit.replace(whole, call)
+            merged |= done
+            found = list(_adapters(program))
         if self.thaw:
             _set_trainable(program, True)
         return PassResult(True, {"adapters": len(merged)})
@@ -149,16 +158,24 @@ def _adapters(program: Program) -> Iterator[tuple[fx.Node, fx.Node, str, str, st
             continue
         call, back = node.args[:2]
         up = _weight(back)
-        if up is None or f".{_UP}" not in f".{up}":
+        if up is None or not _IS_UP.search(up) or not _is_product(back):
             continue
-        down, weight = _weight(back.args[0]), _weight(call)
-        if down is not None and weight is not None and is_rank(down):
+        low = back.args[0]
+        down, weight = _weight(low), _weight(call)
+        if down is None or weight is None or not is_rank(down) or not _is_product(low):
+            continue
+        if low.args[0] is call.args[_MATRIX[call.target] - 1]:  # and not of something else
             yield node, call, weight, down, up
+
+
+def _is_product(call: fx.Node) -> bool:
+    """Whether a linear layer has no bias, as `InsertLora` leaves it."""
+    return call.target is aten.linear.default and len(call.args) < 3 and not call.kwargs
 
 
 def is_rank(name: str) -> bool:
     """Whether the rows of a tensor are the rank of an adapter, which no layer but itself sees."""
-    return f".{_DOWN}" in f".{name}"
+    return _IS_DOWN.search(name) is not None
 
 
 def _weight(call: Any) -> str | None:

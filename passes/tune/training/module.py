@@ -66,8 +66,12 @@ class TrainingModule(torch.nn.Module):
         split = split or recompute or local
         self._inputs = [node.name for node in program.input_nodes]
         self._outputs: Any = fx.map_arg(program.output_node.args[0], lambda node: node)
-        self._taps = tuple(taps)
         graph = program.graph
+        # Tensors of the model are no block's to give: a mask that is a buffer, say.
+        placeholders = graph.find_nodes(op="placeholder")
+        tensors = {node.name: info(node).tensor for node in placeholders}
+        self._held = {tap: name for tap in taps if (name := tensors.get(tap)) is not None}
+        self._taps = tuple(tap for tap in taps if tap not in self._held)
         training = training_graph(graph, batch_norm=batch_norm, dropout=dropout)
         starts = starts_of_blocks(graph) if split else starts_of_blocks(graph)[:1]
         pieces = cut(graph, starts, self._taps)
@@ -137,7 +141,8 @@ class TrainingModule(torch.nn.Module):
             for name in dying:
                 values.pop(name, None)
         outputs = fx.map_arg(self._outputs, lambda node: self._value(node, values))
-        return list(outputs), {name: values[name] for name in self._taps}
+        held = {tap: self.tensor(name) for tap, name in self._held.items()}
+        return list(outputs), {name: values[name] for name in self._taps} | held
 
     def _given(self, value: Any) -> Any:
         """A value as the next block has it."""
