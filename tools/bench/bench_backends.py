@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import json
+import re
 import queue
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def rows_of(name: str, backends: Sequence[str], passes: str) -> Iterator[dict[st
                 sizes = [entry.example(which) for which in range(1 + (mode == "dynamic"))]
                 row |= _agreement(program, compiled, sizes)
             except Error as error:
-                row |= {"outcome": type(error).__name__, "note": str(error)[:400]}
+                row |= {"outcome": type(error).__name__, "note": _told(error)}
             except Exception as error:  # what is no named error is a defect, and counted as one
                 row |= {"outcome": "defect", "note": f"{type(error).__name__}: {error}"[:400]}
             yield {**row, "seconds": time.perf_counter() - start}
@@ -221,6 +222,11 @@ def _last(errors: queue.Queue[str]) -> str:
         while line := errors.get(timeout=5):
             lines.append(line)
     return " ".join(lines)[-300:].strip()
+
+
+def _told(error: Exception) -> str:
+    """What an error says, without folders of this run."""
+    return re.sub(r"/\S*/(?=[^/\s]+)", "", str(error))[:400]
 
 
 def _missing(
