@@ -13,8 +13,8 @@ import argparse
 import contextlib
 import gc
 import json
-import re
 import queue
+import re
 import subprocess
 import sys
 import threading
