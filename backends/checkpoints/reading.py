@@ -59,7 +59,7 @@ def read_checkpoint(
     made = _shapes_of(model)
     kind = dtype or _dtype_of(made)
     layers = quantised_modules(quantization, made, round_inputs=round_inputs)
-    left = _fill(made, folder, layers, kind)
+    left = _fill(made, folder, layers, dtype)
     for path, numbers in layers.items():
         old: Any = made.get_submodule(path)
         stored = from_file(left.pop(path, {}), numbers, kind, path)
@@ -88,7 +88,7 @@ def _fill(
     model: nn.Module,
     folder: str | os.PathLike[str],
     layers: Mapping[str, Numbers],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> dict[str, dict[str, Tensor]]:
     """Give floating tensors to a model; those of quantised layers are returned, by their paths."""
     left: dict[str, dict[str, Tensor]] = {}
@@ -115,7 +115,7 @@ def _fill(
     return left
 
 
-def _put(model: nn.Module, path: str, leaf: str, tensor: Tensor, dtype: torch.dtype) -> bool:
+def _put(model: nn.Module, path: str, leaf: str, tensor: Tensor, dtype: torch.dtype | None) -> bool:
     try:
         owner = model.get_submodule(path)
     except AttributeError:
@@ -129,7 +129,8 @@ def _put(model: nn.Module, path: str, leaf: str, tensor: Tensor, dtype: torch.dt
                 f"the tensor is {tuple(tensor.shape)}, and the config says {tuple(old.shape)}",
                 where=f"{path}.{leaf}",
             )
-        kept = old.dtype if not tensor.is_floating_point() else dtype
+        # As the model has it: some parts of it may want more bits than the others.
+        kept = dtype if dtype is not None and tensor.is_floating_point() else old.dtype
         value: Any = tensor.to(kept, copy=True)
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=value.is_floating_point())

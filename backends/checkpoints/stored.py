@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +107,22 @@ class StoredLinear(nn.Module):
         zeros, total = self._buffers["weight_zero_point"], self._buffers["weight_global_scale"]
         return Stored(values, scales, zeros, total, self.in_features, self.group, self.format,
                       self.dtype, self.activations)  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        """Move or cast; scales move, and keep their type, without which numbers mean others."""
+        scales, total = self._parameters["weight_scale"], self._buffers["weight_global_scale"]
+        move: Any = super()._apply
+        move(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        assert scales is not None
+        moved = self._parameters["weight_scale"]
+        if moved is not None and moved.dtype != scales.dtype:
+            kept = scales.detach().to(moved.device)
+            self._parameters["weight_scale"] = nn.Parameter(kept, requires_grad=False)
+        other = self._buffers["weight_global_scale"]
+        if total is not None and other is not None and other.dtype != total.dtype:
+            self._buffers["weight_global_scale"] = total.to(other.device)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., rows) of (..., columns)."""

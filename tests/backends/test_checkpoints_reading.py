@@ -307,6 +307,24 @@ def test_a_module_of_ones_own_is_left_as_it_is(good: Path) -> None:
         load_checkpoint(good, nn.Sequential(nn.Linear(64, 64)))
 
 
+def test_parts_that_want_more_bits_keep_them(good: Path) -> None:
+    llama = tiny_llama().to(torch.bfloat16)
+    llama.model.norm.float()
+    found: Any = load_checkpoint(good, llama)
+    assert found.model.norm.weight.dtype == torch.float32
+    assert found.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_what_was_loaded_can_be_cast(good: Path) -> None:
+    found: Any = load_checkpoint(good)
+    want, scales = logits(found), found.lm_head.weight_scale.detach().clone()
+    half = found.to(torch.bfloat16)
+    assert torch.equal(half.lm_head.weight_scale, scales)
+    assert half.lm_head.weight_scale.dtype == scales.dtype
+    assert difference(logits(half), want) <= 3e-2  # bf16 activations
+    assert difference(logits(half.float()), want) <= 3e-2  # norms and embeddings were rounded
+
+
 # -- what a checkpoint cannot say --------------------------------------------------------------
 
 
