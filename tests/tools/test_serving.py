@@ -110,6 +110,34 @@ def test_those_who_left_are_not_computed_for() -> None:
     assert seen == ["a", "c"]
 
 
+def test_a_request_that_is_refused_is_not_computed() -> None:
+    seen: list[str] = []
+
+    def run(items: list[str]) -> list[list[float]]:
+        seen.extend(items)
+        return lengths(items)
+
+    async def talk() -> None:
+        batcher = Batcher(run, most=1, wait=0, limit=3)
+        await batcher.start()
+        with pytest.raises(BusyError):
+            await batcher.submit_all(["a"] * 5)
+        assert await batcher.submit_all(["b", "cc"]) == [[1.0], [2.0]]
+        await batcher.stop()
+
+    asyncio.run(talk())
+    assert seen.count("a") <= 1  # what runs already runs to its end
+    assert seen[-2:] == ["b", "cc"]
+
+
+def test_a_model_that_raises_stop_iteration_is_an_error_and_no_hang() -> None:
+    def run(items: list[str]) -> list[list[float]]:
+        return next(iter([]))
+
+    found, _ = run_batched(["a", "b"], run=run)
+    assert all(isinstance(one, RuntimeError) for one in found)
+
+
 def test_too_many_are_refused() -> None:
     found, _ = run_batched(["a"] * 5, most=1, wait=0, limit=3)
     assert sum(isinstance(one, BusyError) for one in found) == 2

@@ -91,11 +91,9 @@ def make_app(
 
     @app.post("/embed")
     async def embed(request: Request) -> dict[str, Any]:
-        import asyncio
-
         start = time.perf_counter()
         try:
-            vectors = await asyncio.gather(*map(batcher.submit, request.sentences))
+            vectors = await batcher.submit_all(request.sentences)
         except BusyError as error:
             refused.inc()
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error

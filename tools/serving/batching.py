@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,6 +78,16 @@ class Batcher:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((item, future))
         return await future
+
+    async def submit_all(self, items: Iterable[Any]) -> list[Any]:
+        """The results for several items, or an error for all: nothing is computed for nobody."""
+        tasks = [asyncio.ensure_future(self.submit(item)) for item in items]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()  # those that still wait are left out
+            raise
 
     async def _work(self) -> None:
         while True:
