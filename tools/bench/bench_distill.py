@@ -7,21 +7,17 @@ are missing; ``--seconds`` says when to stop. ``--again`` measures a part anew. 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from rich.console import Console
 
-from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.distilling.data import TASKS
 from torchlathe.tools.bench.distilling.runs import ABLATIONS, METHODS, one_run, teacher_run
-from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.resuming import go_on, rows_of
 
 __all__ = ["RESULTS", "SEEDS", "main"]
 
@@ -39,23 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="forget what these parts have")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    console, start = Console(stderr=True), time.monotonic()
-    result = json.loads(options.json.read_text()) if options.json.exists() else {"rows": {}}
-    if options.again:
-        result["rows"] = {
-            k: v for k, v in result["rows"].items() if k.split("|")[0] not in options.parts
-        }
-    result |= machine()
-    for key, run in _wanted(options.parts, options.seeds):
-        if key in result["rows"]:
-            continue
-        if time.monotonic() - start > options.seconds:
-            console.print("there is more to measure")
-            return 0
-        before = time.monotonic()
-        result["rows"][key] = run()
-        console.print(f"{key}: {result['rows'][key]} ({time.monotonic() - before:.0f} s)")
-        write_text(options.json, json.dumps(result, indent=1) + "\n")
+    result = rows_of(options.json, options.parts if options.again else ())
+    go_on(options.json, result, _wanted(options.parts, options.seeds), options.seconds)
     return 0
 
 
