@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from torchlathe.ir import Error, Program
 from torchlathe.ir.files import write_text
 from torchlathe.passes.rewrite.factorising.sites import find_sites
 from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.minilm import encoder_task
 
 __all__ = ["ALONE", "BUDGETS", "PIPELINES", "main", "pipeline"]
 
@@ -106,23 +106,7 @@ def characters() -> Task:
 
 def minilm() -> Task:
     """The sentence encoder: mean cosine to its own embeddings as they were."""
-    from torchlathe.tools.demo_minilm import compare_embeddings, embed, load_encoder
-    from torchlathe.tools.sentence_encoder import documentation_sentences
-
-    encoder, tokenizer = load_encoder()
-    sentences = documentation_sentences()
-    random.Random(0).shuffle(sentences)
-    test, seen = sentences[:96], sorted(sentences[96:224], key=len)
-    data = [tokenizer(seen[i : i + 32]) for i in range(0, len(seen), 32)]
-    axes = {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("sequence", max=512)}
-    shapes = dict.fromkeys(("input_ids", "attention_mask"), axes)
-    program = tl.capture(encoder, (), dict(data[0]), dynamic_shapes=shapes)
-    before = embed(encoder, tokenizer, test)
-
-    def cosine(run: Callable[..., Any]) -> float:
-        return compare_embeddings(before, embed(run, tokenizer, test), test).cosine
-
-    return Task(program, data, cosine)
+    return Task(*encoder_task(128))
 
 
 TASKS: Final = {"characters": characters, "minilm": minilm}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.character_model import batches, perplexity, trained
 from torchlathe.tools.bench.machine import machine
 from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
+from torchlathe.tools.bench.minilm import encoder_task
 
 __all__ = ["main", "measured"]
 
@@ -69,23 +69,8 @@ def _characters() -> tuple[Program, list[Any], Callable[[Program], float], float
 
 
 def _minilm() -> tuple[Program, list[Any], Callable[[Program], float], float]:
-    from torchlathe.tools.demo_minilm import compare_embeddings, embed, load_encoder
-    from torchlathe.tools.sentence_encoder import documentation_sentences
-
-    encoder, tokenizer = load_encoder()
-    sentences = documentation_sentences()
-    random.Random(0).shuffle(sentences)
-    test, seen = sentences[:96], sorted(sentences[96:352], key=len)
-    data = [tokenizer(seen[i : i + 32]) for i in range(0, len(seen), 32)]
-    axes = {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("sequence", max=512)}
-    shapes = dict.fromkeys(("input_ids", "attention_mask"), axes)
-    program = tl.capture(encoder, (), dict(data[0]), dynamic_shapes=shapes)
-    before = embed(encoder, tokenizer, test)
-
-    def cosine(found: Program) -> float:
-        return compare_embeddings(before, embed(found.run, tokenizer, test), test).cosine
-
-    return program, data, cosine, 1.0
+    program, data, cosine = encoder_task(256)
+    return program, data, lambda found: cosine(found.run), 1.0
 
 
 def rows(
