@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from torchlathe.backends.attention import SHORT, write_out_attention
 from torchlathe.backends.base import Capabilities, Configured, Lowerable
 from torchlathe.backends.exporting import Boundary, exported_program
 from torchlathe.backends.inductor import stored_values
@@ -35,6 +36,7 @@ class AOTInductor(Configured):
         autotune: Measure several kernels for each matrix product, and take the fastest.
         freezing: Fold and pack the weights for the device.
         options: Options of the inductor.
+        short_attention: As the inductor backend's.
     """
 
     name: ClassVar[str] = "aoti"
@@ -42,6 +44,7 @@ class AOTInductor(Configured):
     autotune: bool = False
     freezing: bool = True
     options: Mapping[str, str | int | bool] | None = None
+    short_attention: int = SHORT
 
     @property
     def capabilities(self) -> Capabilities:
@@ -54,7 +57,9 @@ class AOTInductor(Configured):
         Raises:
             BackendError: Torch cannot export or compile it.
         """
-        exported, boundary = exported_program(source)
+        exported, boundary = exported_program(
+            source, rewrite=lambda module: write_out_attention(module, self.short_attention)
+        )
         folder = tempfile.mkdtemp(prefix="torchlathe-aoti-")
         path = str(Path(folder) / "model.pt2")
         configs: dict[str, Any] = {

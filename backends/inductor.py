@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from torchlathe.backends.attention import SHORT, write_out_attention
 from torchlathe.backends.base import Capabilities, Configured, FlatCallable, Lowerable
 from torchlathe.backends.rounding import gives_integers
 from torchlathe.ir import BackendError, OptionError
@@ -34,6 +35,9 @@ class Inductor(Configured):
         dynamic: Whether one compilation serves every size. None: yes if the program has symbolic
             dimensions, no if all are static.
         options: Options of the inductor, as ``torch.compile`` takes them.
+        short_attention: On a CPU, attention over at most so many keys, of static shape, becomes
+            batched products with the softmax between them; 0 leaves all of it to torch's fused
+            kernel.
     """
 
     name: ClassVar[str] = "inductor"
@@ -44,6 +48,7 @@ class Inductor(Configured):
     mode: Mode = "default"
     dynamic: bool | None = None
     options: Mapping[str, str | int | bool] | None = None
+    short_attention: int = SHORT
 
     def __post_init__(self) -> None:
         """Hold the options to their types, and to each other.
@@ -89,6 +94,7 @@ class Inductor(Configured):
         elif found := stored_values(source) | found:
             how["options"] = found
         module = source.graph_module()
+        write_out_attention(module, self.short_attention)
         try:
             compiled = torch.compile(
                 module, backend="inductor", fullgraph=True, dynamic=dynamic, **how

@@ -102,6 +102,7 @@ class Onnx(Configured):
                 hint='backend="eager" runs every program',
             ) from error
         assert made is not None
+        _set_apart(made.model.graph)
         folder = tempfile.TemporaryDirectory(prefix="torchlathe-onnx-")
         path = Path(folder.name) / "model.onnx"
         made.save(str(path), external_data=_bytes(made.model) > _LIMIT)
@@ -166,6 +167,24 @@ class SessionRun:
         """Write the model, each of its files at once or not at all."""
         folder = Path(self._folder.name)
         _write_model(folder / "model.onnx", Path(path))
+
+
+def _set_apart(graph: Any) -> None:
+    """Give values inside a graph other names than its outputs have.
+
+    The exporter gives outputs the names that it is told, and values inside those that the ops of
+    its own export got, which may be the same ones.
+    """
+    outputs = {value.name: value for value in graph.outputs}
+    taken = {value.name for node in graph for value in node.outputs} | outputs.keys()
+    for node in graph:
+        for value in node.outputs:
+            if value.name in outputs and value is not outputs[value.name]:
+                name = f"{value.name}_inside"
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                value.name = name
 
 
 def _writable(value: Any) -> Any:

@@ -16,16 +16,23 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from torchlathe.ir.errors import Error, InputError, UnsupportedError, VerifyError
-from torchlathe.ir.extents import as_int, example_sizes, expression
+from torchlathe.ir.errors import Error, UnsupportedError, VerifyError
+from torchlathe.ir.extents import expression
 from torchlathe.ir.interpreting import ReplaceTensor, run_flat
-from torchlathe.ir.memory import give_back
-from torchlathe.ir.provenance import describe, info
+from torchlathe.ir.memory import fits, give_back
+from torchlathe.ir.provenance import describe
 
 if TYPE_CHECKING:
     from torchlathe.ir.program import Program
 
-__all__ = ["Equivalence", "cannot_run", "check_equivalence", "computed_in", "difference"]
+__all__ = [
+    "Equivalence",
+    "LastOutputs",
+    "cannot_run",
+    "check_equivalence",
+    "computed_in",
+    "difference",
+]
 
 log = logging.getLogger("torchlathe")
 
@@ -52,6 +59,9 @@ _STORED_IN = {
 
 # As many samples of a batch are compared; export may take an extent of one for a constant.
 _SAMPLES = 2
+
+# Outputs larger than this, of a language model with many words for instance, are computed again.
+_MOST_KEPT = 64 * 2**20
 
 
 def computed_in(dtype: torch.dtype) -> float:
@@ -80,6 +90,58 @@ class Equivalence:
     detail: str | None = None
 
 
+class LastOutputs:
+    """What a program gave when it was last compared.
+
+    In a pipeline what one pass leaves is what the next starts from: its outputs are kept for that
+    one comparison, and it runs once instead of twice.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, ...] = ()
+        self._outputs: list[Any] = []
+        self._seen: frozenset[torch.dtype] = frozenset()
+
+    def take(
+        self, program: Program, flat: Sequence[Any], dtype: torch.dtype | None
+    ) -> tuple[list[Any], frozenset[torch.dtype]] | None:
+        """Outputs, and the dtypes that something was computed in, if they are still right.
+
+        Args:
+            program: Of the pipeline, or a copy of one that has not changed since.
+            flat: Its inputs.
+            dtype: What is computed in.
+        """
+        if not self._of or self._of != _run_key(program, flat, dtype):
+            return None
+        return self._outputs, self._seen
+
+    def keep(
+        self,
+        program: Program,
+        flat: Sequence[Any],
+        dtype: torch.dtype | None,
+        outputs: list[Any],
+        seen: frozenset[torch.dtype],
+    ) -> None:
+        """Keep the outputs of a run, unless they are large."""
+        size = sum(x.nbytes for x in outputs if isinstance(x, torch.Tensor))
+        kept = size <= _MOST_KEPT
+        self._of = _run_key(program, flat, dtype) if kept else ()
+        self._outputs, self._seen = (outputs, seen) if kept else ([], frozenset())
+
+
+def _run_key(program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    # Samples are cut from the example inputs anew each time: what tells them is where they lie.
+    inputs = (
+        (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        if isinstance(x, torch.Tensor) and not x.is_inference()
+        else id(x)
+        for x in flat
+    )
+    return (program.state(), dtype, *inputs)
+
+
 def cannot_run(program: Program) -> str | None:
     """Why a program cannot be run, if it cannot: its tensors have no values."""
     leaves = pytree.tree_leaves(program.example_inputs)
@@ -99,6 +161,7 @@ def check_equivalence(
     inputs: Inputs | None = None,
     dtype: torch.dtype = torch.float64,
     locate: bool = True,
+    last: LastOutputs | None = None,
 ) -> Equivalence:
     """Compare the outputs of two programs.
 
@@ -115,6 +178,8 @@ def check_equivalence(
             samples are enough where the batch is dynamic.
         dtype: The floating dtype to compute in.
         locate: Where the outputs differ, run both again to name the first node that does.
+        last: Of the comparisons before in the same pipeline; what they found of ``before`` is
+            used, and what this one finds of ``after`` kept.
 
     Raises:
         UnsupportedError: The programs have no values to compute with.
@@ -129,21 +194,27 @@ def check_equivalence(
     if inputs is None and (few := _first_samples(before, flat)) is not None:
         try:
             found = check_equivalence(
-                before, after, reference=reference, inputs=few, dtype=dtype, locate=locate
+                before,
+                after,
+                reference=reference,
+                inputs=few,
+                dtype=dtype,
+                locate=locate,
+                last=last,
             )
         except (Error, RuntimeError, TypeError, ValueError, IndexError) as error:
             log.debug("cannot compare on the first samples alone: %s", error)
         else:
             return found
-    wide = all(_fits(program, (args, kwargs), dtype) for program in (before, after))
+    wide = all(fits(program, (args, kwargs), dtype) for program in (before, after))
     if wide:
-        run = _Run(before, after, reference, flat, dtype)
+        run = _Run(before, after, reference, flat, dtype, last)
         try:
             return run.compare(*run.outputs(), locate=locate)
         except (RuntimeError, TypeError, ValueError, VerifyError) as error:
             # An op without a kernel for the dtype, or one that fixes the dtype of an input.
             log.debug("cannot compare in %s: %s", dtype, error)
-    run = _Run(before, after, reference, flat, None)
+    run = _Run(before, after, reference, flat, None, last)
     return run.compare(*run.outputs(), locate=locate)
 
 
@@ -183,41 +254,61 @@ class _Run:
         reference: ReplaceTensor | None,
         flat: Sequence[Any],
         dtype: torch.dtype | None,
+        last: LastOutputs | None,
     ) -> None:
         self.before, self.after, self.reference = before, after, reference
-        self.flat, self.dtype = flat, dtype
+        self.flat, self.dtype, self.last = flat, dtype, last
         self.seen: set[torch.dtype] = set()  # dtypes that something was computed in
 
     def outputs(self, watch: _Watch | None = None) -> tuple[list[Any], list[Any]]:
-        done: list[fx.Node] = []
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            # Random ops draw the same numbers on both sides.
+            torch.manual_seed(0)
+            want = self._right(watch)
+            torch.manual_seed(0)
+            return want, self._changed(watch)
 
-        def first(node: fx.Node, value: Any) -> None:
+    def _right(self, watch: _Watch | None) -> list[Any]:
+        """Outputs of the program before."""
+
+        def observe(node: fx.Node, value: Any) -> None:
             self._note(value)
             if watch is not None:
                 watch.first(node, value)
 
-        def second(node: fx.Node, value: Any) -> None:
+        if self.last is not None and self.reference is None and watch is None:
+            known = self.last.take(self.before, self.flat, self.dtype)
+            if known is not None:
+                self.seen |= known[1]
+                return known[0]
+        replace = self.reference
+        return run_flat(
+            self.before, self.flat, replace_tensor=replace, dtype=self.dtype, observe=observe
+        )
+
+    def _changed(self, watch: _Watch | None) -> list[Any]:
+        """Outputs of the program after."""
+        done: list[fx.Node] = []
+        before, self.seen = self.seen, set()
+
+        def observe(node: fx.Node, value: Any) -> None:
             done.append(node)
             self._note(value)
             if watch is not None:
                 watch.second(node, value)
 
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            # Random ops draw the same numbers on both sides.
-            torch.manual_seed(0)
-            replace = self.reference
-            want = run_flat(
-                self.before, self.flat, replace_tensor=replace, dtype=self.dtype, observe=first
-            )
-            torch.manual_seed(0)
-            try:
-                return want, run_flat(self.after, self.flat, dtype=self.dtype, observe=second)
-            except (RuntimeError, TypeError, ValueError) as error:
-                calls = [node for node in self.after.nodes if node.op == "call_function"]
-                raise VerifyError(
-                    f"the changed program does not run: {error}",
-                    where=describe(calls[len(done)]) if len(done) < len(calls) else None,
-                ) from error
+        try:
+            got = run_flat(self.after, self.flat, dtype=self.dtype, observe=observe)
+        except (RuntimeError, TypeError, ValueError) as error:
+            calls = [node for node in self.after.nodes if node.op == "call_function"]
+            raise VerifyError(
+                f"the changed program does not run: {error}",
+                where=describe(calls[len(done)]) if len(done) < len(calls) else None,
+            ) from error
+        if self.last is not None:
+            self.last.keep(self.after, self.flat, self.dtype, got, frozenset(self.seen))
+        self.seen |= before
+        return got
 
     def _note(self, value: Any) -> None:
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
@@ -354,66 +445,3 @@ def _is_selection(
             if indices.numel() != old.shape[axis]:
                 old = old.index_select(axis, indices.to(old.device))
         return old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-
-def _fits(program: Program, inputs: Inputs, dtype: torch.dtype) -> bool:
-    """Whether a run in this dtype fits into what memory is free."""
-    available = _available(program)
-    # Half of it, since ops need scratch space and others may use the machine as well.
-    return available is None or _peak(program, inputs, dtype) <= available // 2
-
-
-def _peak(program: Program, inputs: Inputs, dtype: torch.dtype) -> int:
-    """Bytes of the largest set of values that are alive at once, each made at its first use."""
-    sizes = example_sizes(program, inputs)
-    first: dict[fx.Node, int] = {}
-    last: dict[fx.Node, int] = {}
-    for index, node in enumerate(program.nodes):
-        if info(node).tensor is None:
-            first.setdefault(node, index)
-        for used in node.all_input_nodes:
-            first.setdefault(used, index)
-            last[used] = index
-    change: dict[int, int] = {}
-    for node, start in first.items():
-        amount = _bytes(node.meta.get("val"), sizes, dtype)
-        end = last.get(node, start) + 1
-        change[start] = change.get(start, 0) + amount
-        change[end] = change.get(end, 0) - amount
-    alive = peak = 0
-    for index in sorted(change):
-        alive += change[index]
-        peak = max(peak, alive)
-    return peak
-
-
-def _bytes(value: Any, sizes: Mapping[Any, int], dtype: torch.dtype) -> int:
-    if isinstance(value, list | tuple):
-        return sum(_bytes(item, sizes, dtype) for item in value)
-    if not isinstance(value, torch.Tensor):
-        return 0
-    item = dtype.itemsize if value.is_floating_point() else value.dtype.itemsize
-    try:
-        for extent in value.shape:
-            item *= as_int(expression(extent), sizes)
-    except InputError:
-        return 0  # an extent that the data decides
-    return item
-
-
-def _available(program: Program) -> int | None:
-    """Free bytes on the device that the program's tensors are on; None if nobody tells."""
-    device = next((e.tensor.device for e in program.entries.values()), torch.device("cpu"))
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None

@@ -220,25 +220,25 @@ class Program:
         """Return an analysis' result, computing it unless it is cached and still valid."""
         key = wanted() if isinstance(wanted, type) else wanted
         cached = self._analyses.get(key)
-        if cached is not None and cached[0] == self._state():
+        if cached is not None and cached[0] == self.state():
             result: R = cached[1]
             return result
         result = key.compute(self)
-        self._analyses[key] = (self._state(), result)
+        self._analyses[key] = (self.state(), result)
         return result
 
-    def _state(self) -> tuple[int, ...]:
+    def state(self) -> tuple[int, ...]:
         """What cached results are valid for: the version, and what was written into tensors."""
         return (self.version, *(_writes(entry.tensor) for entry in self.entries.values()))
 
     def cached_analyses(self) -> dict[Analysis[Any], Any]:
         """The results that are valid for the program as it is now."""
-        state = self._state()
+        state = self.state()
         return {key: result for key, (at, result) in self._analyses.items() if at == state}
 
     def adopt_analyses(self, results: Mapping[Analysis[Any], Any]) -> None:
         """Declare results that were computed for an earlier version valid for this one."""
-        state = self._state()
+        state = self.state()
         self._analyses |= {key: (state, result) for key, result in results.items()}
 
     def cost(self) -> ProgramCost:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import fx
 
-from torchlathe.ir.equivalence import Equivalence, cannot_run, check_equivalence
+from torchlathe.ir.equivalence import Equivalence, LastOutputs, cannot_run, check_equivalence
 from torchlathe.ir.errors import VerifyError
 from torchlathe.ir.extents import expression
 from torchlathe.ir.fakes import fake_run
@@ -21,7 +21,7 @@ from torchlathe.ir.provenance import describe, info
 if TYPE_CHECKING:
     from torchlathe.ir.program import Program
 
-__all__ = ["Equivalence", "Level", "cannot_run", "check_equivalence", "verify"]
+__all__ = ["Equivalence", "LastOutputs", "Level", "cannot_run", "check_equivalence", "verify"]
 
 Level: TypeAlias = Literal["off", "fast", "full"]
 

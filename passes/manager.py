@@ -29,7 +29,7 @@ from torchlathe.ir import (
 )
 from torchlathe.ir.cost import ProgramCost
 from torchlathe.ir.inputs import same_input_types
-from torchlathe.ir.verifying import Level, cannot_run, check_equivalence, verify
+from torchlathe.ir.verifying import LastOutputs, Level, cannot_run, check_equivalence, verify
 from torchlathe.passes.base import (
     AnalysisPass,
     DataAnalysis,
@@ -196,6 +196,7 @@ class _Run:
         self.passes = manager.passes
         self.level = manager.level
         self.instruments = list(manager.instruments)
+        self.last = LastOutputs()
         if names := os.environ.get(PRINT_IR_AFTER):
             self.instruments.append(PrintIR(names))
 
@@ -359,7 +360,9 @@ class _Run:
             return {"level": self.level, "skipped": reason}
         # Where an approximate pass begins to differ is no news.
         exact = exactness is Exactness.EXACT
-        found = check_equivalence(before, self.program, reference=result.reference, locate=exact)
+        found = check_equivalence(
+            before, self.program, reference=result.reference, locate=exact, last=self.last
+        )
         record = {"level": self.level, **asdict(found)}
         if not exact:
             return {**record, "passed": None, "tolerance": None, "detail": None}

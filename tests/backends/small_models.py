@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from torchlathe.backends import CompiledModel, Lowerable
 from torchlathe.ir import Program, capture
 
 
@@ -78,3 +79,9 @@ def same_outputs(
 ) -> bool:
     with torch.no_grad():
         return torch.equal(first(*args), second(*args))
+
+
+def lowerable(program: Program) -> Lowerable:
+    """A program with tensors of its own, as backends get it."""
+    state: Any = CompiledModel(program, "eager").__dict__["_torchlathe"]
+    return Lowerable(state.program, state.tensors, state.paths)

@@ -1,14 +1,14 @@
 """What the executorch backend lowers; most of it needs the package."""
 
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import torchlathe as tl
-from torchlathe.backends import CompiledModel, Lowerable
+from tests.backends.small_models import lowerable
+from torchlathe.backends import CompiledModel
 from torchlathe.backends.executorch import _dequantised
 from torchlathe.backends.exporting import exported_program
 from torchlathe.ir import Program, capture
@@ -46,9 +46,7 @@ def quantised(scheme: str) -> tuple[nn.Module, Program]:
 def test_stored_integers_become_floating_weights(scheme: str) -> None:
     _, program = quantised(scheme)
     eager = CompiledModel(program, "eager")
-    state: Any = eager.__dict__["_torchlathe"]
-    source = Lowerable(state.program, state.tensors, state.paths)
-    exported, boundary = exported_program(source, largest=16, rewrite=_dequantised)
+    exported, boundary = exported_program(lowerable(program), largest=16, rewrite=_dequantised)
     read = [n for n in exported.graph.find_nodes(op="placeholder") if n.users]
     weights = [n.meta["val"] for n in read if n.name not in boundary.inputs]
     assert len(weights) >= 6

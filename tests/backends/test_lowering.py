@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchlathe as tl
-from tests.backends.small_models import Perceptron, dynamic_perceptron
+from tests.backends.small_models import Perceptron, dynamic_perceptron, lowerable
 from torchlathe.backends import (
     Capabilities,
     CompiledModel,
@@ -169,8 +169,7 @@ def test_rows_that_are_read_twice_are_stored_by_the_inductor() -> None:
     options = []
     for passes in ("quantize,fuse-kernels{runtime=inductor}", "quantize{scheme=w8a16}", ""):
         program = tl.PassManager(passes, verify="off").run(capture(model, (x,)))
-        state: Any = CompiledModel(program, "eager").__dict__["_torchlathe"]
-        options.append(stored_values(Lowerable(state.program, state.tensors, state.paths)))
+        options.append(stored_values(lowerable(program)))
     assert options == [{"realize_opcount_threshold": 6}, {}, {}]
     assert hasattr(torch._inductor.config, "realize_opcount_threshold")
 

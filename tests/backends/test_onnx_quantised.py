@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from torchlathe.backends import CompiledModel, Lowerable
+from tests.backends.small_models import lowerable
+from torchlathe.backends import CompiledModel
 from torchlathe.backends.onnx_quantised import ops, rewrite_quantised
 from torchlathe.ir import Program, capture
 from torchlathe.passes import PassManager
@@ -38,8 +39,7 @@ def quantised(passes: str) -> Program:
 
 
 def lowered_module(program: Program) -> fx.GraphModule:
-    state = CompiledModel(program).__dict__["_torchlathe"]
-    return Lowerable(state.program, state.tensors, state.paths).graph_module()
+    return lowerable(program).graph_module()
 
 
 SCHEMES = [

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,15 @@ from tests.backends.small_models import (
     Tied,
     dynamic_perceptron,
     erase_by_hand,
+    lowerable,
     tied_inputs,
 )
 from torchlathe.backends import CompiledModel, Inductor
 from torchlathe.backends.exporting import exported_program
 from torchlathe.backends.onnx import Onnx
 from torchlathe.ir import BackendError, OptionError, Program, UnsupportedError, capture
+
+aten = torch.ops.aten
 
 # ExecuTorch leaves threads behind that are not its own to end, hence the order: it comes last.
 RUNTIMES = [
@@ -88,6 +90,27 @@ def test_changed_weights_are_lowered_again() -> None:
     compiled.load_state_dict(other.state_dict())
     x = torch.randn(3, 4)
     torch.testing.assert_close(compiled(x), other(x), rtol=1e-5, atol=1e-5)
+
+
+class Chain(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        second = x / 3 / 5
+        third = second / 7
+        return second, third, (third / 9).relu()
+
+
+@needs_onnx
+def test_outputs_are_named_apart_from_what_is_inside() -> None:
+    x = torch.randn(3, 4)
+    program = capture(Chain(), (x,))
+    with program.edit() as edit:
+        (first, *_) = program.graph.find_nodes(op="call_function", target=aten.div.Tensor)
+        edit.replace(first, edit.call(aten.mul.Tensor, (first.args[0], 1 / 3), like=first))
+    # Exported anew, what stands before an output has the name that the output had.
+    names = [n.name for n in program.graph.find_nodes(op="call_function", target=aten.div.Tensor)]
+    assert names == ["div_1", "div_2", "div_3"]
+    for got, want in zip(CompiledModel(program, "onnx")(x), Chain()(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -225,12 +248,9 @@ def test_a_program_without_tensors_to_give_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> int:
             return 3
 
-    compiled = CompiledModel(capture(Size(), (torch.randn(2, 3),)))
-    state: Any = compiled.__dict__["_torchlathe"]
-    from torchlathe.backends import Lowerable
-
+    source = lowerable(capture(Size(), (torch.randn(2, 3),)))
     with pytest.raises(BackendError, match="gives no tensor"):
-        exported_program(Lowerable(state.program, state.tensors, state.paths))
+        exported_program(source)
 
 
 # -- auto -----------------------------------------------------------------------------------------

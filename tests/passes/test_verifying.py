@@ -9,10 +9,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.passes.sample_passes import aten, relus, small_net
-from torchlathe.ir import InputError, Program, UnsupportedError, VerifyError, capture, equivalence
+from torchlathe.ir import (
+    InputError,
+    Program,
+    UnsupportedError,
+    VerifyError,
+    capture,
+    equivalence,
+    memory,
+)
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.ir.provenance import set_info
-from torchlathe.ir.verifying import cannot_run, check_equivalence, verify
+from torchlathe.ir.verifying import LastOutputs, cannot_run, check_equivalence, verify
 
 
 def node(program: Program, target: Any) -> torch.fx.Node:
@@ -355,10 +363,10 @@ def test_memory_decides_the_dtype(dtype: torch.dtype, monkeypatch: pytest.Monkey
     wide = check_equivalence(program, program.copy())
     assert wide.dtype == "float64"
     weight, activation = 8 * 4 * 8, 2 * 8 * 8
-    assert equivalence._peak(program, program.example_inputs, torch.float64) == (
+    assert memory.peak(program, program.example_inputs, torch.float64) == (
         2 * 4 * 8 + weight + 8 * 8 + activation
     )
-    monkeypatch.setattr(equivalence, "_available", lambda program: 100)
+    monkeypatch.setattr(memory, "available", lambda program: 100)
     narrow = check_equivalence(program, program.copy())
     assert narrow.passed
     assert narrow.dtype == str(dtype).removeprefix("torch.")
@@ -366,7 +374,7 @@ def test_memory_decides_the_dtype(dtype: torch.dtype, monkeypatch: pytest.Monkey
 
 
 def test_free_memory_is_known_here(program: Program) -> None:
-    free = equivalence._available(program)
+    free = memory.available(program)
     assert free is None or free > 2**20
 
 
@@ -454,3 +462,57 @@ def test_all_of_what_is_no_batch_is_compared(monkeypatch: pytest.MonkeyPatch) ->
     assert sizes_compared(capture(Mixes(), (x, rows), dynamic_shapes=dims), monkeypatch) == {
         x.shape
     }
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """The programs that a comparison runs, in turn."""
+    ran: list[Program] = []
+
+    def watched(program: Program, flat: Any, **options: Any) -> Any:
+        ran.append(program)
+        return run_flat(program, flat, **options)
+
+    monkeypatch.setattr(equivalence, "run_flat", watched)
+    return ran
+
+
+def test_what_a_pass_left_is_not_run_again(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = program, edited(program, scaled(2.0))
+    third = edited(second, scaled(0.5))
+    apart = check_equivalence(second, third).max_abs_error
+    ran, last = counted(monkeypatch), LastOutputs()
+    check_equivalence(first, second, locate=False, last=last)
+    assert ran == [first, second]
+    found = check_equivalence(second.copy(), third, locate=False, last=last)
+    assert ran == [first, second, third]
+    assert found.max_abs_error == apart > 0
+
+
+@pytest.mark.parametrize("change", ["version", "weight", "inputs", "dtype", "reference", "size"])
+def test_kept_outputs_are_used_only_where_they_are_right(
+    change: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = program, edited(program, scaled(2.0))
+    if change == "size":
+        monkeypatch.setattr(equivalence, "_MOST_KEPT", 8)
+    ran, last = counted(monkeypatch), LastOutputs()
+    check_equivalence(first, second, last=last, locate=False)
+    before = second
+    options: dict[str, Any] = {}
+    if change == "version":
+        before = edited(second, scaled(3.0))
+    elif change == "weight":
+        with torch.no_grad():
+            second.tensor("2.weight").mul_(3.0)
+    elif change == "inputs":
+        (x,), _ = program.example_inputs
+        options = {"inputs": ((x.clone(),), {})}
+    elif change == "dtype":
+        options = {"dtype": torch.float32}
+    elif change == "reference":
+        options = {"reference": lambda name, tensor: tensor * 0}
+    ran.clear()
+    check_equivalence(before, second.copy(), locate=False, last=last, **options)
+    assert len(ran) == 2

@@ -142,7 +142,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 def test_the_command_line(model: str, tmp_path: Path, capsys) -> None:
     out, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
-    words = ["bench", "model", model, f"{model}@eager", "--seconds", "0.1", "--no-memory"]
+    words = ["bench", "model", model, "--seconds", "0.1", f"{model}@eager", "--no-memory"]
     assert main([*words, "-o", str(out), "--plot", str(plot)]) == 0
     assert "Models, against the first" in capsys.readouterr().out
     assert plot.exists()

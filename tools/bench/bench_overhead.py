@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,13 +24,14 @@ RESULTS: Final = Path(__file__).resolve().parent / "results" / "overhead_cpu.jso
 PIPELINE: Final = "structured-erase{sparsity=0.3},quantize"
 
 
-def once(passes: str, backend: str, verify: str) -> dict[str, Any]:
+def once(passes: str, backend: str, verify: str, threads: int) -> dict[str, Any]:
     """Compile once in this process.
 
     Args:
         passes: Text pipeline.
         backend: Text form.
         verify: As `torchlathe.compile` takes it.
+        threads: Intra-op.
 
     Returns:
         Seconds by stage and all together, and CPU seconds of all together.
@@ -41,7 +43,7 @@ def once(passes: str, backend: str, verify: str) -> dict[str, Any]:
     from torchlathe.tools.compat import define_torchvision_ops
 
     define_torchvision_ops()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     model = CASES["BERT-base size (4 x 64)"].make()
     args, kwargs = model.example
     wall, cpu = time.perf_counter(), time.process_time()
@@ -70,15 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--passes", default=PIPELINE)
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--verify", default="fast")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parsed = parser.parse_args(argv)
     if parsed.one:
-        print(json.dumps(once(parsed.passes, parsed.backend, parsed.verify)))
+        print(json.dumps(once(parsed.passes, parsed.backend, parsed.verify, parsed.threads)))
         return 0
     from torchlathe.tools.bench.machine import machine
 
     words = ["--passes", parsed.passes, "--backend", parsed.backend, "--verify", parsed.verify]
+    words += ["--threads", str(parsed.threads)]
     command = [sys.executable, "-m", "torchlathe.tools.bench.bench_overhead", "--one", *words]
     rows = []
     for _ in range(parsed.runs):
@@ -91,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "passes": parsed.passes,
         "backend": parsed.backend,
         "verify": parsed.verify,
+        "threads": parsed.threads,
         "rows": rows,
     }
     write_text(parsed.out, json.dumps(result, indent=1) + "\n")

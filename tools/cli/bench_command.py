@@ -55,7 +55,7 @@ def add_parser(commands: Any, common: Parser) -> None:
     model.add_argument("--plot", metavar="FILE", help="draw it (.svg, .png or .pdf)")
     model.add_argument("--json", action="store_true", help="print JSON")
     model.add_argument("-o", "--output", metavar="FILE", help="write the JSON to a file too")
-    model.set_defaults(run=run_model, parser=model)
+    model.set_defaults(run=run_model, parser=model, repeated="models")
 
 
 def run_model(parsed: argparse.Namespace) -> int:

@@ -50,8 +50,16 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
-        """Parse, or say which option was probably meant."""
+        """Parse, or say which option was probably meant.
+
+        The default ``repeated`` of a command names the argument that takes several words: they may
+        stand between and after options, where argparse takes those of one place alone.
+        """
         parsed, unknown = self.parse_known_args(args, namespace)
+        repeated = getattr(parsed, "repeated", None)
+        if repeated is not None and not any(word.startswith("-") for word in unknown):
+            getattr(parsed, repeated).extend(unknown)
+            unknown = []
         if unknown:
             parser: Parser = getattr(parsed, "parser", self)
             parser.refuse(unknown)
