@@ -36,14 +36,14 @@ def write_out_attention(module: fx.GraphModule, longest: int = SHORT) -> int:
         queries, neither causal nor with dropout, and at most 4 MiB of scores.
     """
     graph = module.graph
-    count = 0
+    count, masks = 0, dict[fx.Node, fx.Node]()
     for node in graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     ):
         if not _is_short(node, longest):
             continue
         with graph.inserting_before(node):
-            new = _written_out(graph, node)
+            new = _written_out(graph, node, masks)
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -80,7 +80,7 @@ def _is_short(node: fx.Node, longest: int) -> bool:
     return taken.dtype in (torch.float32, torch.bool)
 
 
-def _written_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _written_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> fx.Node:
     given = _arguments(node)
     query, key, value, mask = (given.get(n) for n in ("query", "key", "value", "attn_mask"))
     (heads, queries, width), keys = query.meta["val"].shape[1:], key.meta["val"].shape[2]
@@ -100,10 +100,8 @@ def _written_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if mask is not None:
         scores = call(aten.reshape.default, (scores, [-1, heads, queries, keys]))
         if mask.meta["val"].dtype == torch.bool:
-            hidden = call(aten.scalar_tensor.default, (-math.inf,), {"dtype": torch.float32})
-            scores = call(aten.where.self, (mask, scores, hidden))
-        else:
-            scores = call(aten.add.Tensor, (scores, mask))
+            mask = masks.get(mask) or masks.setdefault(mask, _added(graph, mask))
+        scores = call(aten.add.Tensor, (scores, mask))
         scores = call(aten.reshape.default, (scores, [-1, queries, keys]))
     limits = torch.finfo(torch.float32)
     largest = call(aten.amax.default, (call(aten.detach.default, (scores,)), [-1], True))
@@ -114,3 +112,20 @@ def _written_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
     total = call(aten.clamp_min.default, (total, limits.tiny))
     mixed = call(aten.div.Tensor, (call(aten.bmm.default, (weights, value)), total))
     return call(aten.reshape.default, (mixed, [-1, heads, *node.meta["val"].shape[2:]]))
+
+
+def _added(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """A mask as what is added to the scores, once for all that share it."""
+    call = graph.call_function
+    with graph.inserting_after(mask):
+        hidden = call(aten.scalar_tensor.default, (-math.inf,), {"dtype": torch.float32})
+    with graph.inserting_after(hidden):
+        shown = call(aten.scalar_tensor.default, (0.0,), {"dtype": torch.float32})
+    with graph.inserting_after(shown):
+        added = call(aten.where.self, (mask, shown, hidden))
+    # Changes nothing, and has the inductor store the mask, as it does for costly functions that
+    # are read more than once: it would be computed for each score of each layer again.
+    with graph.inserting_after(added):
+        raised = call(aten.exp.default, (added,))
+    with graph.inserting_after(raised):
+        return call(aten.log.default, (raised,))

@@ -16,6 +16,7 @@ __all__ = ["stored_layers"]
 
 aten = torch.ops.aten
 _PACKED = re.compile(r"_packed\d*$")
+_CACHES = ("torchlathe.quantize_cache.default", "torchlathe.dequantize_cache.default")
 
 
 def stored_layers(program: Program) -> dict[str, Stored]:
@@ -44,6 +45,12 @@ def _refuse(node: fx.Node) -> None:
             "a checkpoint says of quantised linear layers alone that their input is rounded",
             where=describe(node),
             hint="leave the layer that reads it out of quantize, exclude=[...]",
+        )
+    if str(node.target) in _CACHES:
+        raise UnsupportedError(
+            "a checkpoint has no place for keys and values in few bits",
+            where=describe(node),
+            hint="leave quantize-cache out: those who serve a checkpoint have options of their own",
         )
     if str(node.target).startswith("torchlathe."):
         raise UnsupportedError(

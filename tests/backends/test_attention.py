@@ -74,6 +74,24 @@ def test_it_computes_what_the_fused_op_does(name: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+class Two(nn.Module):
+    """Two layers with one mask."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        return x
+
+
+def test_layers_share_the_mask_that_is_added() -> None:
+    inputs = (torch.randn(2, 3, 5, 4), hiding(2, 1, 5, 5))
+    module = lowerable(capture(Two(), inputs)).graph_module()
+    assert write_out_attention(module) == 2
+    assert len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.where.self)) == 1
+    (got,) = module(*inputs)
+    torch.testing.assert_close(got, Two()(*inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_are_those_of_the_fused_op() -> None:
     inputs = tensors(2, 3, 5, 4)
     module = lowerable(capture(Attention(), inputs)).graph_module()

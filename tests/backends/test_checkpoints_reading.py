@@ -367,6 +367,48 @@ def test_models_that_it_has_no_place_for(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def _vit() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.ViTConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    return transformers.ViTModel(config).eval(), {"pixel_values": torch.randn(1, 3, 16, 16)}
+
+
+def _mixtral() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=96, num_local_experts=4, use_cache=False,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).eval(), {"input_ids": TOKENS}
+
+
+def _caching() -> tuple[nn.Module, dict[str, Any]]:
+    return tiny_llama(), {"input_ids": TOKENS, "use_cache": True}
+
+
+@pytest.mark.parametrize(
+    ("make", "passes", "words"),
+    [
+        pytest.param(_vit, "quantize{scheme=w8a16}", "projection", id="convolution"),
+        pytest.param(_mixtral, "quantize{scheme=w8a16}", "experts", id="experts"),
+        pytest.param(_caching, "quantize-cache", "keys and values in few bits", id="cache"),
+    ],
+)
+def test_layers_that_it_has_no_word_for(
+    make: Callable[[], tuple[nn.Module, dict[str, Any]]], passes: str, words: str
+) -> None:
+    model, kwargs = make()
+    with pytest.raises(UnsupportedError, match=words) as caught:
+        tl.compile(
+            model, passes, (), example_kwargs=kwargs, backend="checkpoint", measure_latency=False
+        )
+    # What it is about, and what to do.
+    assert "exclude=" in str(caught.value.hint) or "leave quantize-cache out" in str(
+        caught.value.hint
+    )
+
+
 # -- the command line --------------------------------------------------------------------------
 
 

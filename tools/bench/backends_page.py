@@ -26,15 +26,21 @@ AGREEMENT = """
 ### Agreement with the eager program
 
 `python -m torchlathe.tools.bench.bench_backends` on {cpu}, torch {torch}: models of torchvision,
-timm and transformers with random weights, captured static and dynamic, through `{passes}`. A cell
-is how many models agree of how many were tried, and the largest error of any; the check is that of
-[What is checked](#what-is-checked). What does not agree is a named error, listed below.
+timm and transformers with random weights, captured static and dynamic, through each pipeline. A
+cell is how many models agree of how many were tried, and the largest error of any; the check is
+that of [What is checked](#what-is-checked). What does not agree is a named error, listed below.
+"""
+
+ADVICE = """
+Of the models that `module` rebuilds, {count} cannot say in their own code all that was erased (most
+take one width for the heads of queries, keys and values). The error names the families to leave alone;
+with them in `exclude`, and the rest erased, these agree.
 """
 
 OVERHEAD = """
 ### Compile time beyond the backend's own
 
-`python -m torchlathe.tools.bench.bench_overhead` on {cpu}, torch {torch}, 1 thread: seconds of
+`python -m torchlathe.tools.bench.bench_overhead` on {cpu}, torch {torch}, threads: {threads}; seconds of
 `torchlathe.compile` for a model of BERT-base's size through `{passes}`, with `verify="{verify}"`,
 without what lowering to `{backend}` takes; a row for each run, in a process of its own.
 
@@ -90,18 +96,25 @@ def serving_part(results: Path = RESULTS) -> str:
 
 
 def _agreement(result: dict[str, Any]) -> list[str]:
-    parts = []
+    parts = [AGREEMENT.format(**result["machine"])]
     for passes, models in result["rows"].items():
         rows = [row for found in models.values() for row in found]
         if not rows:
             continue
-        parts.append(AGREEMENT.format(passes=passes, **result["machine"]))
+        parts.append(f"\n**`{passes}`**\n")
         backends = dict.fromkeys(row["backend"] for row in rows)
         cells = [
             [f"`{name}`", *(_cell(rows, name, mode) for mode in ("static", "dynamic"))]
             for name in backends
         ]
         parts.append("\n" + markdown_table(["backend", "static", "dynamic"], cells))
+        advised = {
+            name
+            for name, found in models.items()
+            if any("excluded" in row and row["outcome"] == "agrees" for row in found)
+        }
+        if advised:
+            parts.append(ADVICE.format(count=len(advised)))
         failed = [
             [name, row["mode"], f"`{row['backend']}`", row["outcome"], _clean(row.get("note", ""))]
             for name, found in models.items()

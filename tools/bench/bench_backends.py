@@ -34,6 +34,7 @@ __all__ = ["BACKENDS", "MODELS", "main", "rows_of"]
 RESULTS = Path(__file__).resolve().parent / "results" / "backends_cpu.json"
 PIPELINE = "structured-erase{sparsity=0.3},quantize"
 BACKENDS = ("onnx", "openvino", "inductor{freezing=true}", "aoti", "executorch")
+_MOST_ADVICE: Final = 8
 LIMIT = 240.0  # seconds from one row to the next, by the clock
 MODES: Final = ("static", "dynamic")
 
@@ -62,7 +63,6 @@ def rows_of(name: str, backends: Sequence[str], passes: str) -> Iterator[dict[st
     """
     import torch
 
-    from torchlathe.backends import CompiledModel
     from torchlathe.ir import Error, capture
     from torchlathe.passes import PassManager
     from torchlathe.tools.bench.coverage.zoo import ENTRIES
@@ -76,7 +76,7 @@ def rows_of(name: str, backends: Sequence[str], passes: str) -> Iterator[dict[st
     for mode, shapes in (("static", None), ("dynamic", entry.dynamic_shapes)):
         try:
             program = capture(model, args, kwargs, dynamic_shapes=shapes)
-            program = PassManager(passes, verify="off").run(program)
+            changed = PassManager(passes, verify="off").run(program)
         except Error as error:
             for backend in backends:
                 problem = {"outcome": type(error).__name__, "note": f"passes: {error}"[:400]}
@@ -88,9 +88,10 @@ def rows_of(name: str, backends: Sequence[str], passes: str) -> Iterator[dict[st
             start = time.perf_counter()
             row: dict[str, Any] = {"mode": mode, "backend": backend, "outcome": "agrees"}
             try:
-                compiled = CompiledModel(program, backend, source=model)
+                compiled, excluded = _lowered(program, changed, passes, backend, model)
+                row |= {"excluded": excluded} if excluded else {}
                 sizes = [entry.example(which) for which in range(1 + (mode == "dynamic"))]
-                row |= _agreement(program, compiled, sizes)
+                row |= _agreement(compiled, sizes)
             except Error as error:
                 row |= {"outcome": type(error).__name__, "note": _told(error)}
             except Exception as error:  # what is no named error is a defect, and counted as one
@@ -98,14 +99,45 @@ def rows_of(name: str, backends: Sequence[str], passes: str) -> Iterator[dict[st
             yield {**row, "seconds": time.perf_counter() - start}
 
 
-def _agreement(program: Program, compiled: CompiledModel, inputs: Sequence[Any]) -> dict[str, Any]:
+def _lowered(
+    program: Program, changed: Program, passes: str, backend: str, model: Any
+) -> tuple[CompiledModel, list[str]]:
+    """Lower what the passes made of a program, and where the error advises to, with less erased.
+
+    A module's own code cannot say every width; the backend "module" names the families to leave
+    alone then. What is excluded is returned too.
+
+    Raises:
+        BackendError: There is no advice, or following it does not help.
+    """
+    from torchlathe.backends import CompiledModel
+    from torchlathe.ir import BackendError
+    from torchlathe.passes import PassManager
+
+    excluded: list[str] = []
+    for _ in range(_MOST_ADVICE):
+        try:
+            return CompiledModel(changed, backend, source=model), excluded
+        except BackendError as error:
+            advised = re.search(r"exclude=\[(.*?)\]( |,|$)", error.hint or "")
+            names = re.findall(r'"([^"]+)"', advised[1]) if advised else []
+            if not set(names) - set(excluded):
+                raise
+            excluded += [name for name in names if name not in excluded]
+        listed = ",".join(f'"{name}"' for name in excluded)
+        less = passes.replace("structured-erase{", f"structured-erase{{exclude=[{listed}],")
+        changed = PassManager(less, verify="off").run(program)
+    return CompiledModel(changed, backend, source=model), excluded
+
+
+def _agreement(compiled: CompiledModel, inputs: Sequence[Any]) -> dict[str, Any]:
     """What the check found; of a backend with a check of its own, what is found here."""
     from torchlathe.backends import CompiledModel
     from torchlathe.tools.fidelity import compare_outputs
 
     if compiled.agreement is not None:
         return compiled.agreement.to_dict()
-    eager = CompiledModel(program, "eager")
+    eager = CompiledModel(compiled.program, "eager")
     found = compare_outputs(eager, compiled, inputs)
     error = max(output.relative_error or 0.0 for output in found)
     # The same ops in other shapes and orders: float32 rounding.
