@@ -82,7 +82,8 @@ def _is_short(node: fx.Node, longest: int) -> bool:
 
 def _written_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> fx.Node:
     given = _arguments(node)
-    query, key, value, mask = (given.get(n) for n in ("query", "key", "value", "attn_mask"))
+    query, key, value = given["query"], given["key"], given["value"]
+    mask = given.get("attn_mask")
     (heads, queries, width), keys = query.meta["val"].shape[1:], key.meta["val"].shape[2]
     scale = given.get("scale")
     scale = 1 / math.sqrt(width) if scale is None else scale

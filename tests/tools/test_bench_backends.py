@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from torchlathe.tools.bench import bench_backends
+from tests.backends.module_models import Closure
+from torchlathe.ir import BackendError, capture
+from torchlathe.passes import PassManager
+from torchlathe.tools.bench import bench_artifact, bench_backends
 from torchlathe.tools.bench.backends_page import measured, serving_part
 from torchlathe.tools.bench.bench_backends import _todo
 from torchlathe.tools.bench.end_to_end.page import draw
@@ -99,3 +103,31 @@ print('done a', flush=True)
     monkeypatch.setattr(bench_backends, "LIMIT", 1.0)
     _, (_, hung) = run(talk + "import time; time.sleep(60)")
     assert hung[0]["outcome"] == "limit"
+
+
+def test_advice_of_an_error_is_followed() -> None:
+    model = Closure().eval()
+    program = capture(model, (torch.randn(2, 6),))
+    passes = "structured-erase{sparsity=0.5}"
+    changed = PassManager(passes, verify="off").run(program)
+    assert changed.cost().parameters < program.cost().parameters
+    compiled, excluded = bench_backends._lowered(program, changed, passes, "module", model)
+    assert excluded == ["up.weight:0/0", "up.weight:0/1"]
+    assert compiled.program.cost().parameters == program.cost().parameters
+    assert bench_backends._agreement(compiled, [((torch.randn(2, 6),), {})])["error"] < 2e-4
+    # Without advice the error is told as it is.
+    with pytest.raises(BackendError, match="refuses"):
+        bench_backends._lowered(program, program, passes, "inductor{options={no_such: 1}}", model)
+
+
+def test_an_artefact_is_loaded_in_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_artifact, "WIDTH", 32)
+    path = tmp_path / "model.tl"
+    assert bench_artifact.make(path, 0)
+    row = bench_artifact.loads(path)
+    assert list(row) == ["read", "load", "mmap", "mmap, check=False"]
+    result = {"machine": MACHINE, "bytes": 4e8, "same_bytes": True, "rows": [dict.fromkeys(row, 1)]}
+    (tmp_path / "artifact_cpu.json").write_text(json.dumps(result))
+    text = measured(tmp_path)
+    assert "of 400 MB" in text
+    assert "| 1.00 | 1.00 | 1.00 | 1.00 |" in text

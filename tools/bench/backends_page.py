@@ -32,17 +32,27 @@ that of [What is checked](#what-is-checked). What does not agree is a named erro
 """
 
 ADVICE = """
-Of the models that `module` rebuilds, {count} cannot say in their own code all that was erased (most
-take one width for the heads of queries, keys and values). The error names the families to leave alone;
-with them in `exclude`, and the rest erased, these agree.
+Of the models that `module` rebuilds, {count} cannot say in their own code all that was erased
+(most take one width for the heads of queries, keys and values). The error names the families to
+leave alone; with them in `exclude`, and the rest erased, these agree.
 """
 
 OVERHEAD = """
 ### Compile time beyond the backend's own
 
-`python -m torchlathe.tools.bench.bench_overhead` on {cpu}, torch {torch}, threads: {threads}; seconds of
-`torchlathe.compile` for a model of BERT-base's size through `{passes}`, with `verify="{verify}"`,
-without what lowering to `{backend}` takes; a row for each run, in a process of its own.
+`python -m torchlathe.tools.bench.bench_overhead` on {cpu}, torch {torch}, threads: {threads};
+seconds of `torchlathe.compile` for a model of BERT-base's size through `{passes}`, with
+`verify="{verify}"`, without what lowering to `{backend}` takes; a row for each run, in a process of
+its own.
+
+"""
+
+ARTIFACT = """
+### Loading an artefact
+
+`python -m torchlathe.tools.bench.bench_artifact` on {cpu}, torch {torch}: seconds for an artefact
+of {megabytes:.0f} MB whose file the system has in memory, a row for each process. Saved twice, its
+bytes were {same}.
 
 """
 
@@ -66,7 +76,23 @@ def measured(results: Path = RESULTS) -> str:
     path = results / "overhead_cpu.json"
     if path.exists():
         parts.append(_overhead(json.loads(path.read_text(encoding="utf-8"))))
+    path = results / "artifact_cpu.json"
+    if path.exists():
+        parts.append(_artifact(json.loads(path.read_text(encoding="utf-8"))))
     return "".join(parts)
+
+
+def _artifact(result: dict[str, Any]) -> str:
+    text = ARTIFACT.format(
+        **result["machine"],
+        megabytes=result["bytes"] / 1e6,
+        same="the same" if result["same_bytes"] else "not the same",
+    )
+    names = list(result["rows"][0])
+    header = [name if name == "read" else f"`{name}`" for name in names]
+    return text + markdown_table(
+        header, [[f"{row[name]:.2f}" for name in names] for row in result["rows"]]
+    )
 
 
 def _overhead(result: dict[str, Any]) -> str:
