@@ -105,7 +105,7 @@ def _dequantised(module: fx.GraphModule) -> None:
             continue
         args = fx.node.map_arg(node.args, tensors.__getitem__)
         name = f"dequantised_{number}"
-        module.register_buffer(name, meaning_of(node.target)(*args), persistent=False)
+        module.register_buffer(name, meaning_of(node.target)(*args))
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.get_attr(name))
     graph.eliminate_dead_code()

@@ -6,6 +6,7 @@ the graph, and the provenance. `Edit` keeps them together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -190,7 +191,7 @@ class Edit:
             tensor = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         first = next(program.nodes)
         with program.graph.inserting_before(first):
-            node = program.graph.placeholder("t_" + name.replace(".", "_"))
+            node = program.graph.placeholder("t_" + re.sub(r"\W", "_", name))
         set_info(node, tensor=name, created_by=self._by or None)
         node.meta["val"] = self._fake(tensor)
         program.entries[name] = TensorEntry(tensor, kind)

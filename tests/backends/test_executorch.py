@@ -66,3 +66,16 @@ def test_batch_and_length_are_both_dynamic(scheme: str) -> None:
         ids = torch.randint(0, 20, shape)
         # A last bit that rounds another way moves a value by a step, of 1/127 of a row's largest.
         torch.testing.assert_close(compiled(ids), eager(ids), rtol=0.02, atol=0.02)
+
+
+@needs_executorch
+def test_quantised_convolutions_of_one_dimension() -> None:
+    # ExecuTorch makes new weights of two dimensions of theirs.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(8, 16, 3, padding=1), nn.GELU(), nn.Conv1d(16, 8, 3)).eval()
+    x = torch.randn(2, 8, 12)
+    program = tl.PassManager("quantize", verify="off").run(capture(model, (x,)))
+    compiled = CompiledModel(program, "executorch", source=model)
+    torch.testing.assert_close(
+        compiled(x), CompiledModel(program, "eager")(x), rtol=0.02, atol=0.02
+    )

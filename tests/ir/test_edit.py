@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchlathe.backends import CompiledModel
 from torchlathe.ir import TensorKind, VerifyError, capture, info, module_path, source_line
 from torchlathe.ir.fakes import fake_run, same_value
 
@@ -374,6 +375,22 @@ def test_added_tensors_come_before_the_inputs(program):
     assert len(program.input_nodes) == 1
     x = R(2, 4)
     assert program.run(x).shape == (2, 3)
+
+
+def test_added_tensors_may_have_names_that_are_no_identifiers(program):
+    # As modules have that were added with add_module("block1-0", ...).
+    last = node_of(program, aten.mul.Tensor)
+    names = ("block-0.shift", "block_0.shift", "block.0.shift")
+    with program.edit() as edit:
+        for name in names:
+            shift = edit.add_tensor(name, torch.ones(3))
+            new = edit.call(aten.add.Tensor, (last, shift), like=last)
+            edit.replace(last, new)
+            last = new
+    assert set(names) <= set(program.entries)
+    assert all(program.tensor_nodes[name].name.isidentifier() for name in names)
+    x = R(2, 4)
+    torch.testing.assert_close(CompiledModel(program, "eager")(x), program.run(x))
 
 
 @pytest.mark.parametrize("name", ["up.weight", "tied.weight", "unread"])
