@@ -189,9 +189,14 @@ class Edit:
             raise ValueError(f"a tensor named {name} exists")
         if kind is TensorKind.PARAMETER and not isinstance(tensor, torch.nn.Parameter):
             tensor = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        # FX makes names of nodes differ, but argument names of its code out of what is given here.
+        target = "t_" + re.sub(r"\W", "_", name)
+        taken = {node.target for node in program.graph.find_nodes(op="placeholder")}
+        while target in taken:
+            target += "_"
         first = next(program.nodes)
         with program.graph.inserting_before(first):
-            node = program.graph.placeholder("t_" + re.sub(r"\W", "_", name))
+            node = program.graph.placeholder(target)
         set_info(node, tensor=name, created_by=self._by or None)
         node.meta["val"] = self._fake(tensor)
         program.entries[name] = TensorEntry(tensor, kind)
