@@ -89,8 +89,11 @@ def _written_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) 
     scale = 1 / math.sqrt(width) if scale is None else scale
     call = graph.call_function
     query = call(aten.mul.Tensor, (query, scale))
+    # A copy that the inductor fuses with what is before it: a view alone would hang on strides,
+    # which are others when a program is exported than when it is compiled.
+    packed = {"memory_format": torch.contiguous_format}
     query, key, value = (
-        call(aten.reshape.default, (x, [-1, *tail]))
+        call(aten.view.default, (call(aten.clone.default, (x,), packed), [-1, *tail]))
         for x, tail in (
             (query, (queries, width)),
             (key, (keys, width)),

@@ -17,6 +17,8 @@ from torchlathe.ir import BackendError, OptionError
 from torchlathe.ir.files import atomic
 from torchlathe.ir.quiet import quiet_torch
 
+aten = torch.ops.aten
+
 __all__ = ["ExecuTorch", "MethodRun"]
 
 
@@ -67,7 +69,7 @@ class ExecuTorch(Configured):
         from executorch.exir import to_edge_transform_and_lower
         from executorch.runtime import Runtime
 
-        exported, boundary = exported_program(source, largest=self.largest, rewrite=_dequantised)
+        exported, boundary = exported_program(source, largest=self.largest, rewrite=_prepared)
         try:
             with quiet_torch(), torch.no_grad():
                 edge = to_edge_transform_and_lower(exported, partitioner=self._partitioners())
@@ -88,6 +90,28 @@ class ExecuTorch(Configured):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
         return [XnnpackPartitioner()]
+
+
+def _prepared(module: fx.GraphModule) -> None:
+    _dequantised(module)
+    _apart(module)
+
+
+def _apart(module: fx.GraphModule) -> None:
+    """Variance and mean by an op each, as the core set of ATen has them."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.var_mean.correction):
+        x, dims = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        keep = {"keepdim": node.kwargs.get("keepdim", False)}
+        with graph.inserting_before(node):
+            correction = {"correction": node.kwargs.get("correction"), **keep}
+            variance = graph.call_function(aten.var.correction, (x, dims), correction)
+            mean = graph.call_function(aten.mean.dim, (x, dims), keep)
+        for user in list(node.users):
+            user.replace_all_uses_with((variance, mean)[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    module.recompile()
 
 
 def _dequantised(module: fx.GraphModule) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 import torchlathe as tl
 from tests.backends.small_models import lowerable
 from torchlathe.backends import CompiledModel
-from torchlathe.backends.executorch import _dequantised
+from torchlathe.backends.executorch import _apart, _dequantised
 from torchlathe.backends.exporting import exported_program
 from torchlathe.ir import Program, capture
 
@@ -54,6 +54,21 @@ def test_stored_integers_become_floating_weights(scheme: str) -> None:
     ids = torch.randint(0, 20, (3, 7))  # both axes are dynamic still
     (got,) = boundary.flat(list(exported.module()(ids)))
     torch.testing.assert_close(got, eager(ids), rtol=1e-5, atol=1e-5)
+
+
+class Spread(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        variance, mean = torch.var_mean(x, dim=(-1,), correction=0, keepdim=True)
+        both, _ = torch.var_mean(x)
+        return (x - mean) / (variance + 1).sqrt() + both
+
+
+def test_variance_and_mean_come_apart() -> None:
+    x = torch.randn(3, 5)
+    module = lowerable(capture(Spread(), (x,))).graph_module()
+    _apart(module)
+    assert "var_mean" not in module.code
+    torch.testing.assert_close(module(x)[0], Spread()(x))
 
 
 @needs_executorch
