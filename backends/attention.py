@@ -91,7 +91,7 @@ def _written_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) 
     query = call(aten.mul.Tensor, (query, scale))
     # A copy that the inductor fuses with what is before it: a view alone would hang on strides,
     # which are others when a program is exported than when it is compiled.
-    packed = {"memory_format": torch.contiguous_format}
+    packed: dict[str, Any] = {"memory_format": torch.contiguous_format}
     query, key, value = (
         call(aten.view.default, (call(aten.clone.default, (x,), packed), [-1, *tail]))
         for x, tail in (
