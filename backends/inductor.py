@@ -35,9 +35,9 @@ class Inductor(Configured):
         dynamic: Whether one compilation serves every size. None: yes if the program has symbolic
             dimensions, no if all are static.
         options: Options of the inductor, as ``torch.compile`` takes them.
-        short_attention: On a CPU, attention over at most so many keys, of static shape, becomes
-            batched products with the softmax between them; 0 leaves all of it to torch's fused
-            kernel.
+        short_attention: On a CPU, attention of at most so many queries and keys becomes batched
+            products with the softmax between them, where it is in float32, of static shape, not
+            causal and without grouped heads; 0 leaves all of it to torch's fused kernel.
     """
 
     name: ClassVar[str] = "inductor"

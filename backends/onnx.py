@@ -176,15 +176,22 @@ def _set_apart(graph: Any) -> None:
     its own export got, which may be the same ones.
     """
     outputs = {value.name: value for value in graph.outputs}
-    taken = {value.name for node in graph for value in node.outputs} | outputs.keys()
-    for node in graph:
-        for value in node.outputs:
-            if value.name in outputs and value is not outputs[value.name]:
-                name = f"{value.name}_inside"
-                while name in taken:
-                    name += "_"
-                taken.add(name)
-                value.name = name
+    constants = list(graph.initializers.values())
+    inside = [*constants, *(value for node in graph for value in node.outputs)]
+    taken = {value.name for value in (*inside, *graph.inputs)} | outputs.keys()
+    for value in inside:
+        if value.name not in outputs or value is outputs[value.name]:
+            continue
+        name = f"{value.name}_inside"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        is_constant = any(value is constant for constant in constants)
+        if is_constant:
+            del graph.initializers[value.name]
+        value.name = name
+        if is_constant:
+            graph.register_initializer(value)
 
 
 def _writable(value: Any) -> Any:

@@ -98,23 +98,24 @@ class LastOutputs:
     """
 
     def __init__(self) -> None:
-        self._of: tuple[Any, ...] = ()
-        self._outputs: list[Any] = []
-        self._seen: frozenset[torch.dtype] = frozenset()
+        self._run: _KeptRun | None = None
 
     def take(
         self, program: Program, flat: Sequence[Any], dtype: torch.dtype | None
     ) -> tuple[list[Any], frozenset[torch.dtype]] | None:
-        """Outputs, and the dtypes that something was computed in, if they are still right.
+        """Outputs, and the dtypes that something was computed in, if they are those of this run.
+
+        They are let go of, whether they are or not.
 
         Args:
             program: Of the pipeline, or a copy of one that has not changed since.
             flat: Its inputs.
             dtype: What is computed in.
         """
-        if not self._of or self._of != _run_key(program, flat, dtype):
+        run, self._run = self._run, None
+        if run is None or not run.is_of(program, flat, dtype):
             return None
-        return self._outputs, self._seen
+        return run.outputs, run.seen
 
     def keep(
         self,
@@ -124,22 +125,59 @@ class LastOutputs:
         outputs: list[Any],
         seen: frozenset[torch.dtype],
     ) -> None:
-        """Keep the outputs of a run, unless they are large."""
-        size = sum(x.nbytes for x in outputs if isinstance(x, torch.Tensor))
-        kept = size <= _MOST_KEPT
-        self._of = _run_key(program, flat, dtype) if kept else ()
-        self._outputs, self._seen = (outputs, seen) if kept else ([], frozenset())
+        """Keep the outputs of a run, unless they are large or writes could go unseen."""
+        self._run = None
+        tensors = [e.tensor for e in program.entries.values()]
+        known = [x for x in (*flat, *tensors, *outputs) if isinstance(x, torch.Tensor)]
+        if any(x.is_inference() or x.layout is not torch.strided for x in known):
+            return
+        if sum(x.nbytes for x in outputs if isinstance(x, torch.Tensor)) > _MOST_KEPT:
+            return
+        # A view, of the last token's logits for instance, would hold all that it looks at.
+        outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
+        self._run = _KeptRun(tensors, program.state(), [*flat], _writes(flat), dtype, outputs, seen)
 
 
-def _run_key(program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -> tuple[Any, ...]:
-    # Samples are cut from the example inputs anew each time: what tells them is where they lie.
-    inputs = (
-        (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
-        if isinstance(x, torch.Tensor) and not x.is_inference()
-        else id(x)
-        for x in flat
+@dataclass(frozen=True)
+class _KeptRun:
+    """A run: what it was of, which is held so that nothing else can come to lie there."""
+
+    tensors: list[torch.Tensor]
+    state: tuple[int, ...]
+    flat: list[Any]
+    writes: list[int]
+    dtype: torch.dtype | None
+    outputs: list[Any]
+    seen: frozenset[torch.dtype]
+
+    def is_of(self, program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -> bool:
+        tensors = [entry.tensor for entry in program.entries.values()]
+        return (
+            dtype == self.dtype
+            and program.state() == self.state
+            and len(tensors) == len(self.tensors)
+            and all(a is b for a, b in zip(tensors, self.tensors, strict=True))
+            and len(flat) == len(self.flat)
+            and all(_same_input(a, b) for a, b in zip(flat, self.flat, strict=True))
+            and _writes(flat) == self.writes
+        )
+
+
+def _same_input(one: Any, other: Any) -> bool:
+    """Whether two inputs are the same, as two cuts of the same samples are."""
+    if not isinstance(one, torch.Tensor):
+        return type(one) is type(other) and bool(one == other)
+    return (
+        isinstance(other, torch.Tensor)
+        and (one.layout, one.device, one.dtype) == (other.layout, other.device, other.dtype)
+        and one.layout is torch.strided
+        and (one.shape, one.stride()) == (other.shape, other.stride())
+        and one.data_ptr() == other.data_ptr()
     )
-    return (program.state(), dtype, *inputs)
+
+
+def _writes(flat: Sequence[Any]) -> list[int]:
+    return [x._version for x in flat if isinstance(x, torch.Tensor) and not x.is_inference()]
 
 
 def cannot_run(program: Program) -> str | None:

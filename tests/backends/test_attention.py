@@ -92,15 +92,28 @@ def test_layers_share_the_mask_that_is_added() -> None:
     torch.testing.assert_close(got, Two()(*inputs), rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_are_those_of_the_fused_op() -> None:
-    inputs = tensors(2, 3, 5, 4)
-    module = lowerable(capture(Attention(), inputs)).graph_module()
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_fused_op(name: str) -> None:
+    model, inputs = CASES[name]
+    module = lowerable(capture(model, inputs)).graph_module()
     write_out_attention(module)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    want = torch.autograd.grad(Attention()(*leaves).square().sum(), leaves)
-    got = torch.autograd.grad(module(*leaves)[0].square().sum(), leaves)
+    leaves = [x.clone().requires_grad_() if i < 3 else x for i, x in enumerate(inputs)]
+    want = torch.autograd.grad(model(*leaves).square().sum(), leaves[:3])
+    got = torch.autograd.grad(module(*leaves)[0].square().sum(), leaves[:3])
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class MaskFirst(nn.Module):
+    def forward(self, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "inductor{freezing=true}", "aoti"])
+def test_the_compilers_agree_on_rows_of_which_all_is_hidden(backend: str) -> None:
+    inputs = (hiding(2, 1, 5, 5), torch.randn(2, 3, 5, 4))
+    compiled = CompiledModel(capture(MaskFirst(), inputs), backend)
+    torch.testing.assert_close(compiled(*inputs), MaskFirst()(*inputs), rtol=1e-5, atol=1e-6)
 
 
 LEFT = {
@@ -111,6 +124,8 @@ LEFT = {
         Attention(enable_gqa=True),
         (torch.randn(1, 4, 5, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)),
     ),
+    "no keys": (Attention(), tensors(2, 3, 5, 4, keys=0)),
+    "no queries": (Attention(), tensors(2, 3, 0, 4)),
     "float64": (Attention(), tensors(2, 3, 5, 4, dtype=torch.float64)),
     "without heads": (Attention(), tuple(torch.randn(2, 5, 4) for _ in range(3))),
 }
@@ -129,10 +144,15 @@ def test_what_has_no_fixed_shape_is_left() -> None:
     assert write_out_attention(module) == 0
 
 
-def test_the_backend_can_leave_all_of_it() -> None:
+def test_the_backend_can_leave_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = CASES["floating mask"]
-    program = capture(model, inputs)
-    with torch.inference_mode():
-        written = CompiledModel(program, "inductor{freezing=true}")(*inputs)
-        whole = CompiledModel(program, "inductor{freezing=true,short-attention=0}")(*inputs)
-    torch.testing.assert_close(written, whole, rtol=1e-5, atol=1e-6)
+    seen = []
+
+    def watched(module: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
+        seen.append(len(module.graph.find_nodes(op="call_function", target=fused)))
+        return module
+
+    monkeypatch.setattr(torch, "compile", watched)
+    for options in ("", "{short-attention=6}", "{short-attention=0}"):
+        CompiledModel(capture(model, inputs), f"inductor{options}")
+    assert seen == [0, 1, 1]

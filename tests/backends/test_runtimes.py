@@ -99,6 +99,26 @@ class Chain(nn.Module):
         return second, third, (third / 9).relu()
 
 
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.randn(3, 4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x / 3 / 7, x + self.shift / 5
+
+
+@needs_onnx
+def test_outputs_are_named_apart_from_constants() -> None:
+    x, model = torch.randn(3, 4), Constant().eval()
+    program = capture(model, (x,))
+    with program.edit() as edit:
+        (first, *_) = program.graph.find_nodes(op="call_function", target=aten.div.Tensor)
+        edit.replace(first, edit.call(aten.mul.Tensor, (first.args[0], 1 / 3), like=first))
+    for got, want in zip(CompiledModel(program, "onnx")(x), model(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @needs_onnx
 def test_outputs_are_named_apart_from_what_is_inside() -> None:
     x = torch.randn(3, 4)

@@ -516,3 +516,38 @@ def test_kept_outputs_are_used_only_where_they_are_right(
     ran.clear()
     check_equivalence(before, second.copy(), locate=False, last=last, **options)
     assert len(ran) == 2
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, edges: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(edges, self.linear(x))
+
+
+def test_what_has_no_storage_is_compared_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = capture(Sparse(), (torch.eye(4).to_sparse(), torch.randn(4, 4)))
+    last, ran = LastOutputs(), counted(monkeypatch)
+    for _ in range(2):
+        assert check_equivalence(program, program.copy(), last=last).passed
+    assert len(ran) >= 4
+
+
+def test_outputs_are_let_go_of_with_what_they_look_at(program: Program) -> None:
+    last, flat = LastOutputs(), program.flatten_inputs(*program.example_inputs)
+    whole = torch.randn(1000, 4)
+    last.keep(program, flat, torch.float64, [whole[:1]], frozenset())
+    found = last.take(program.copy(), flat, torch.float64)
+    assert found is not None
+    assert found[0][0].untyped_storage().nbytes() == 16
+    assert last.take(program, flat, torch.float64) is None
+
+
+def test_another_program_of_the_same_age_is_another(program: Program) -> None:
+    other = capture(small_net(), program.example_inputs[0], dynamic_shapes="auto")
+    last, flat = LastOutputs(), program.flatten_inputs(*program.example_inputs)
+    last.keep(program, flat, torch.float64, [torch.ones(1)], frozenset())
+    assert other.state() == program.state()
+    assert last.take(other, flat, torch.float64) is None

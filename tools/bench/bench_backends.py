@@ -34,7 +34,7 @@ __all__ = ["BACKENDS", "MODELS", "main", "rows_of"]
 RESULTS = Path(__file__).resolve().parent / "results" / "backends_cpu.json"
 PIPELINE = "structured-erase{sparsity=0.3},quantize"
 BACKENDS = ("onnx", "openvino", "inductor{freezing=true}", "aoti", "executorch")
-_MOST_ADVICE: Final = 8
+_MOST_ADVICE: Final = 8  # an error names the families of one layer and those like it
 LIMIT = 240.0  # seconds from one row to the next, by the clock
 MODES: Final = ("static", "dynamic")
 
@@ -119,7 +119,7 @@ def _lowered(
         try:
             return CompiledModel(changed, backend, source=model), excluded
         except BackendError as error:
-            advised = re.search(r"exclude=\[(.*?)\]( |,|$)", error.hint or "")
+            advised = re.search(r"erased there, exclude=\[(.*?)\]( |,|$)", error.hint or "")
             names = re.findall(r'"([^"]+)"', advised[1]) if advised else []
             if not set(names) - set(excluded):
                 raise

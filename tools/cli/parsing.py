@@ -57,8 +57,9 @@ class Parser(argparse.ArgumentParser):
         """
         parsed, unknown = self.parse_known_args(args, namespace)
         repeated = getattr(parsed, "repeated", None)
-        if repeated is not None and not any(word.startswith("-") for word in unknown):
-            getattr(parsed, repeated).extend(unknown)
+        words = [word for word in unknown if word != "--"]
+        if repeated is not None and not any(word.startswith("-") for word in words):
+            getattr(parsed, repeated).extend(words)
             unknown = []
         if unknown:
             parser: Parser = getattr(parsed, "parser", self)
