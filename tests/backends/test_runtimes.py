@@ -100,6 +100,8 @@ class Chain(nn.Module):
 
 
 class Constant(nn.Module):
+    shift: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("shift", torch.randn(3, 4))
