@@ -15,6 +15,7 @@ from torchlathe.passes.statistics.running import flat_batches
 from torchlathe.passes.tune.distilling.attending import AttentionSite, paired_sites
 from torchlathe.passes.tune.distilling.heads import ends_of_blocks, with_heads
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, turned
+from torchlathe.passes.tune.distilling.learning_teacher import LearningTeacher
 from torchlathe.passes.tune.distilling.objective import (
     DistillingObjective,
     LogitLoss,
@@ -28,16 +29,12 @@ from torchlathe.passes.tune.healing.alignment import aligned_blocks, logits_amon
 from torchlathe.passes.tune.healing.objective import Outputs, output_names
 from torchlathe.passes.tune.training import (
     Forward,
-    Hook,
-    KeepMasks,
     Trainer,
     TrainerPass,
     TrainingOptions,
     TrainingResult,
-    masks_of_zeros,
     store,
 )
-from torchlathe.passes.tune.training.module import choose_trainable
 
 __all__ = ["Distill"]
 
@@ -53,6 +50,8 @@ _NOT_NEGATIVE = (
     "anchors",
     "anchor_weight",
     "bias",
+    "teacher_lr",
+    "teacher_weight",
 )
 
 
@@ -83,6 +82,13 @@ class Distill(TrainerPass):
     )
     outputs: Outputs = field(
         default="auto", metadata={"help": "whether outputs are logits or other values"}
+    )
+    teacher_lr: float = field(
+        default=0.0,
+        metadata={"help": "highest learning rate of a teacher that trains along; 0 for none such"},
+    )
+    teacher_weight: float = field(
+        default=1.0, metadata={"help": "how much such a teacher keeps to its student"}
     )
     temperature: float = field(default=4.0, metadata={"help": "what logits are divided by"})
     temperature_schedule: TemperatureSchedule = field(
@@ -141,6 +147,11 @@ class Distill(TrainerPass):
         teachers = as_teachers(self.teacher)
         if self.attention and len(teachers) < 2:
             raise OptionError("attention is between teachers, and there is one", hint="teacher=[…]")
+        if self.teacher_lr and (len(teachers) > 1 or self.hidden or self.attention_maps):
+            raise OptionError(
+                "a teacher that trains along is one, and teaches by its outputs",
+                hint="teacher_lr=0, or neither several teachers nor hidden nor attention_maps",
+            )
         from torchlathe.passes.spec import parse_pipeline
 
         for text in self.chain:
@@ -156,9 +167,13 @@ class Distill(TrainerPass):
         """Refuse to begin without data.
 
         Raises:
-            PreconditionError: No calibration data.
+            PreconditionError: No calibration data, or no loss for a teacher that learns too.
         """
         ctx.need("calibration", "it learns from the teacher's outputs on them")
+        if self.teacher_lr and ctx.loss is None:
+            raise PreconditionError(
+                "a teacher that trains along learns by the loss, and there is none", hint="loss="
+            )
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Distil into the program."""
@@ -208,7 +223,6 @@ class Distill(TrainerPass):
         logits = logits_among(program, names)
         if self.outputs != "auto":
             logits = [self.outputs == "logits"] * len(names)
-        pairs, maps = self._inside(program, teachers[0])
         student, heads = program, 0
         if self.rotations:
             _check_batch(program)
@@ -216,11 +230,31 @@ class Distill(TrainerPass):
             classes = _classes(program, logits) * (ROTATIONS if self.rotations else 1)
             headed = with_heads(program, classes, self.heads, seed=ctx.seed, deepest=self.rotations)
             student, heads = headed.program, headed.heads
+        objective = self._objective(program, teachers, ctx, logits, heads)
+        trainer = self._trainer(student, program, ctx, objective)
+        if self.condition:
+            objective.weights = lambda: {
+                name: value for name, value in trainer.parameters.items() if value.dim() > 1
+            }
+        result = trainer.run()
+        kept = {name: value for name, value in result.tensors.items() if name in program.entries}
+        return replace(result, tensors=kept)
+
+    def _objective(
+        self,
+        program: Program,
+        teachers: Sequence[Teacher],
+        ctx: PassContext,
+        logits: Sequence[bool],
+        heads: int,
+    ) -> DistillingObjective:
+        """The loss, whose ``weights`` are not known yet."""
+        pairs, maps = self._inside(program, teachers[0])
         taps = [name for _, site in maps for name in site.taps]
-        objective = DistillingObjective(
+        return DistillingObjective(
             program,
             ctx,
-            Teachers(program, teachers, [*(theirs for _, theirs in pairs), *taps]),
+            self._asked(program, teachers, [*(theirs for _, theirs in pairs), *taps]),
             logits,
             1.0 if ctx.loss is None else self.alpha,
             self.degrees(),
@@ -241,14 +275,17 @@ class Distill(TrainerPass):
             features=self._features(program) if self.bias else None,
             bias=BiasLoss(beta=self.bias),
         )
-        trainer = self._trainer(student, program, ctx, objective)
-        if self.condition:
-            objective.weights = lambda: {
-                name: value for name, value in trainer.parameters.items() if value.dim() > 1
-            }
-        result = trainer.run()
-        kept = {name: value for name, value in result.tensors.items() if name in program.entries}
-        return replace(result, tensors=kept)
+
+    def _asked(
+        self, program: Program, teachers: Sequence[Teacher], taps: Sequence[str]
+    ) -> Teachers:
+        """The teachers, of whom one may train along."""
+        learning = None
+        if self.teacher_lr:
+            learning = LearningTeacher(
+                teachers[0], program, rate=self.teacher_lr, weight=self.teacher_weight
+            )
+        return Teachers(program, teachers, taps, learning)
 
     def _inside(
         self, program: Program, teacher: Teacher
@@ -325,11 +362,7 @@ class Distill(TrainerPass):
         added = [name for name in student.entries if name not in program.entries]
         trainable = (*self.trainable, *added) if self.trainable else ()
         chosen = self.training_options(trainable=trainable)
-        hooks: list[Hook] = list(objective.hooks)
-        if self.keep_zeros:
-            names = choose_trainable(program, self.trainable, self.frozen)
-            hooks.append(KeepMasks(masks_of_zeros(program, names)))
-        mixture = objective.mixture
+        mixture, learning = objective.mixture, objective.teachers.learning
 
         def optimizer(
             parameters: Mapping[str, nn.Parameter], options: TrainingOptions
@@ -337,9 +370,11 @@ class Distill(TrainerPass):
             groups = trainer.processes.groups(parameters)
             if mixture is not None:
                 groups.append({"params": mixture.parameters()})
+            if learning is not None:
+                groups.append(learning.group())
             return options.make_optimizer(groups)
 
-        plain = replace(self, checkpoint=None, save_every=1, teacher=None, attention=False)
+        key = self.key(teacher=None, attention=False)
         trainer = Trainer(
             student,
             ctx,
@@ -347,10 +382,10 @@ class Distill(TrainerPass):
             objective=objective,
             metrics=objective.metrics,
             optimizer=optimizer,
-            hooks=hooks,
+            hooks=[*objective.hooks, *self.hooks_for(program)],
             taps=_taps(objective),
             expand=turned if self.rotations else None,
-            key=f"{plain.spec()} {self.attention} {objective.teachers.key()}",
+            key=f"{key} {self.attention} {objective.teachers.key()}",
         )
         return trainer
 

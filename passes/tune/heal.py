@@ -15,12 +15,9 @@ from torchlathe.passes.statistics.saving import state_key
 from torchlathe.passes.tune.healing.layerwise import LayerFit, fit_layers
 from torchlathe.passes.tune.healing.objective import BlockObjective, HealingObjective, Outputs
 from torchlathe.passes.tune.training import (
-    Hook,
-    KeepMasks,
     Trainer,
     TrainerPass,
     TrainingResult,
-    masks_of_zeros,
     store,
 )
 from torchlathe.passes.tune.training.module import choose_trainable
@@ -131,21 +128,16 @@ class _Healing:
                 "no block of the program matches one of the original",
                 hint="method=distil needs none",
             )
-        hooks: list[Hook] = []
-        if options.keep_zeros:
-            names = choose_trainable(self.program, options.trainable, options.frozen)
-            hooks.append(KeepMasks(masks_of_zeros(self.program, names)))
-        plain = replace(options, checkpoint=None, save_every=1)
         return Trainer(
             self.program,
             self.ctx,
             self.training,
             objective=objective if blocks is None else blocks,
             metrics=objective.metrics if blocks is None else None,
-            hooks=hooks,
+            hooks=options.hooks_for(self.program),
             taps=objective.taps if blocks is None else blocks.taps,
             local=blocks is not None,
-            key=f"{kind} {plain.spec()} {state_key(self.original, ())}",
+            key=f"{kind} {options.key()} {state_key(self.original, ())}",
         )
 
     def _objective(self) -> HealingObjective:

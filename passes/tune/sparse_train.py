@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from torchlathe.ir import InputError, OptionError, PreconditionError, Program
 from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.analysis.segments import Segments
-from torchlathe.passes.base import Diagnostic, PassContext, PassResult, TunePass
+from torchlathe.passes.base import Diagnostic, PassContext, PassResult
 from torchlathe.passes.options import did_you_mean
 from torchlathe.passes.rewrite.erasing.choosing import Choice
 from torchlathe.passes.statistics.losses import check_loss
@@ -22,20 +22,19 @@ from torchlathe.passes.tune.optim.sparse_optimizer import SparseOptimizer, Wrapp
 from torchlathe.passes.tune.training import (
     Forward,
     Hook,
-    KeepMasks,
     Trainer,
+    TrainerPass,
     TrainingOptions,
     TrainingResult,
     store,
 )
-from torchlathe.passes.tune.training.module import choose_trainable, masks_of_zeros
-from torchlathe.passes.tune.training.options import Schedule, optimizer_class
+from torchlathe.passes.tune.training.module import choose_trainable
+from torchlathe.passes.tune.training.options import optimizer_class
+from torchlathe.passes.tune.training.tune_pass import OptionValue
 
 __all__ = ["SparseTrain"]
 
 Method = Literal["hesso", "cric", "dhspg", "hspg", "h2spg"]
-OptionValue = bool | int | float | str | None
-
 _CLASSES: dict[str, Callable[..., WrappedOptimizer]] = {
     "hesso": HESSO,
     "cric": HESSOCRIC,
@@ -52,7 +51,7 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class SparseTrain(TunePass):
+class SparseTrain(TrainerPass):
     """Trains the program on the batches and the loss given, and makes groups zero on the way.
 
     ``structured-erase{zeros=true}`` then cuts them out without changing any output (after
@@ -80,35 +79,25 @@ class SparseTrain(TunePass):
     )
     include: tuple[str, ...] = _option((), "families to prune, by patterns; all by default")
     exclude: tuple[str, ...] = _option((), "families or tensors to leave whole, by patterns")
-    steps: int | None = _option(None, "steps of the optimizer; unless given, epochs count")
+    # Unlike other passes that train, this one may count epochs.
+    steps: int | None = _option(  # type: ignore[assignment]
+        None, "steps of the optimizer; unless given, epochs count"
+    )
     epochs: int = _option(10, "passes over the batches")
     lr: float = _option(1e-3, "highest learning rate")
     optimizer: str = _option("AdamW", "a class of torch.optim, as the base")
     optimizer_options: dict[str, OptionValue] = field(
         default_factory=dict, metadata={"help": "further arguments of the base"}
     )
-    schedule: Schedule = field(default="cosine", metadata={"help": "how the learning rate falls"})
     warmup: int = _option(0, "steps over which the learning rate rises")
-    accumulate: int = _option(1, "batches to one step")
-    clip: float | None = _option(1.0, "largest norm of the gradients")
-    amp: bool = _option(False, "compute in bfloat16 where that is safe")
-    batch_norm: bool = _option(True, "batch norm follows the data while training")
     dropout: bool = _option(True, "draw dropout where the graph has it")
-    trainable: tuple[str, ...] = _option((), "patterns of parameters to train; all by default")
-    frozen: tuple[str, ...] = _option((), "patterns of parameters to leave alone")
-    keep_zeros: bool = _option(True, "zeros of weights that are partly zero stay")
     decay_frozen: bool = _option(
         False, "frozen weights of a group of which some is trained go to zero with it"
     )
-    held_out: float = _option(0.1, "share of the batches to evaluate on")
-    evaluate_every: int = _option(0, "steps between evaluations; 0 for ten in all")
     patience: int = _option(
         0, "once all groups are zero, stop after so many evaluations without gain; 0 for never"
     )
     keep_best: bool = _option(True, "end with the best state in which all groups are zero")
-    checkpoint: str | None = _option(None, "folder to save states in, and to go on from")
-    save_every: int = _option(50, "steps between two saved states")
-    recompute: bool = _option(False, "save memory by computing activations twice")
 
     def __post_init__(self) -> None:
         """Refuse impossible options.
@@ -130,9 +119,8 @@ class SparseTrain(TunePass):
         if self.saliency:
             saliency_of(self.saliency)
         self._check_method_options()
-        training = self._training()
-        if training.steps is not None:
-            self._schedule(training.steps)
+        if self.steps is not None:
+            self._schedule(self.steps)
 
     def _check_method_options(self) -> None:
         import inspect
@@ -149,10 +137,6 @@ class SparseTrain(TunePass):
                     where=f"{self.name} method_options",
                     hint=did_you_mean(name, known),
                 )
-
-    def _training(self) -> TrainingOptions:
-        names = TrainingOptions.__dataclass_fields__
-        return TrainingOptions(**{n: getattr(self, n) for n in names if hasattr(self, n)})
 
     def _schedule(self, total: int) -> tuple[int, int]:
         """Steps before pruning, and of pruning.
@@ -242,20 +226,15 @@ class _Training:
     def run(self) -> PassResult:
         options, program = self.options, self.program
         self.left = self._untouched()
-        plain = replace(options, checkpoint=None, save_every=1)
-        hooks: list[Hook] = [self.follow]
-        if options.keep_zeros:
-            names = choose_trainable(program, options.trainable, options.frozen)
-            hooks.append(KeepMasks(masks_of_zeros(program, names)))
         self.trainer = Trainer(
             program,
             self.ctx,
-            options._training(),
+            options.training_options(),
             objective=self._objective,
             optimizer=self._optimizer,
-            hooks=hooks,
+            hooks=[self.follow, *options.hooks_for(program)],
             written=self._frozen(self.left),
-            key=plain.spec(),
+            key=options.key(),
         )
         self.start, self.pruning = options._schedule(self.trainer.total)
         result = self.trainer.run()

@@ -29,6 +29,25 @@ class Mlp(nn.Module):
         return result
 
 
+class Deep(nn.Module):
+    """Four branches beside a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 8)) for _ in range(4)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = x + block(x)
+        result: Tensor = self.head(x)
+        return result
+
+
 class Concat(nn.Module):
     """Two convolutions of which a batch norm sees the concatenation."""
 

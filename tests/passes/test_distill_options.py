@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torchlathe as tl
 from tests.passes.test_distill import Net, loss, student, task
 from torchlathe.ir import InputError, PreconditionError
 from torchlathe.passes import Distill, PassManager
+from torchlathe.passes.tune.distilling.anchor_prefix import AnchorPrefix
 from torchlathe.passes.tune.distilling.attending import attention_sites, paired_sites
 from torchlathe.passes.tune.distilling.heads import ends_of_blocks, with_heads
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, JointLabels, turned
+from torchlathe.passes.tune.distilling.learning_teacher import LearningTeacher
 from torchlathe.passes.tune.distilling.logits import KnowledgeDistillation
 from torchlathe.passes.tune.distilling.values import Anchors
 from torchlathe.passes.tune.training import TrainingModule
@@ -266,6 +269,34 @@ def test_anchors_of_embeddings() -> None:
         distilled(anchors=3)
 
 
+class Prefixed(nn.Module):
+    """Attention over token embeddings with anchors in front of them."""
+
+    def __init__(self, anchors: torch.Tensor) -> None:
+        super().__init__()
+        self.embed, self.prefix = nn.Embedding(20, 8), AnchorPrefix(anchors, 8, count=2)
+        self.mix, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, seen = self.prefix(self.embed(tokens), torch.ones_like(tokens))
+        y = F.scaled_dot_product_attention(self.mix(x), x, x, (seen != 0)[:, None])
+        found: torch.Tensor = self.out(torch.tanh(x + y)[:, self.prefix.count :].mean(1))
+        return found
+
+
+def test_a_student_with_anchors_in_front_learns_to_read_them() -> None:
+    torch.manual_seed(0)
+    teacher = nn.EmbeddingBag(20, 4, mode="mean")
+    batches = [torch.randint(20, (16, 5)) for _ in range(8)]
+    anchors = Anchors.of(torch.cat([teacher(x) for x in batches]), 6)
+    program = tl.capture(Prefixed(anchors).eval(), (batches[0],))
+    passes = [Distill(teacher=teacher, trainable=("prefix.*",), steps=40, lr=2e-2)]
+    after = PassManager(passes).run(program, calibration=batches)
+    found = after.history[0].statistics
+    assert found["loss_after"] < 0.9 * found["loss_before"]
+    assert torch.equal(after.tensor("prefix.anchors"), program.tensor("prefix.anchors"))
+
+
 def test_samples_of_varied_features_count_more() -> None:
     _, found = distilled(bias=1.0)
     assert found["task_after"] < found["task_before"]
@@ -277,8 +308,8 @@ def test_samples_of_varied_features_count_more() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"bias": 1.0}, {"alpha": 0.0, "heads": 1, "rotations": True}],
-    ids=["bias", "rotations"],
+    [{"bias": 1.0}, {"alpha": 0.0, "heads": 1, "rotations": True}, {"teacher_lr": 1e-3}],
+    ids=["bias", "rotations", "teacher"],
 )
 def test_they_are_resumed(options: dict[str, Any], tmp_path: Path) -> None:
     chosen = {"steps": 8, "save_every": 4, "checkpoint": str(tmp_path), **options}
@@ -302,6 +333,56 @@ def test_they_are_resumed(options: dict[str, Any], tmp_path: Path) -> None:
     whole = run(False)
     for name, value in whole.parameters.items():
         assert torch.equal(value, resumed.tensor(name)), name
+
+
+# -- a teacher that learns ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_program", [False, True], ids=["module", "program"])
+def test_a_teacher_trains_along_and_stays_as_it_is(of_program: bool) -> None:
+    torch.manual_seed(4)
+    teacher = Net(12)  # has learnt nothing
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    x = task()[1][0][0]
+    given = tl.capture(teacher.eval(), (x,), dynamic_shapes="auto") if of_program else teacher
+    _, found = distilled(teacher=given, teacher_lr=5e-3, loss="balanced")
+    assert found["teacher_task_after"] < 0.9 * found["teacher_task_before"]
+    assert found["task_after"] < found["task_before"]
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.sampled_from([0.5, 1.0, 4.0]))
+def test_gradients_of_a_teacher_that_learns(seed: int, degree: float) -> None:
+    program = tl.capture(nn.Linear(3, 5).eval(), (torch.randn(2, 3),))
+    learning = LearningTeacher(nn.Linear(3, 5), program, rate=1.0, weight=0.5)
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = (
+        torch.randn(7, 5, generator=generator, requires_grad=True) for _ in range(2)
+    )
+    learning.divergence(teacher, student, degree).backward()
+    assert student.grad is None
+    assert teacher.grad is not None
+    p, q = (F.softmax(z.detach() / degree, -1) for z in (teacher, student))
+    # Float32 numbers of order 1, over seven rows.
+    assert torch.allclose(teacher.grad, 0.5 * degree * (p - q) / 7, atol=1e-6)
+
+
+def test_what_a_teacher_that_learns_needs() -> None:
+    teacher, batches = task()
+    wrong: list[dict[str, Any]] = [
+        {"hidden": 1.0}, {"attention_maps": 1.0}, {"teacher": [teacher, teacher]}
+    ]  # fmt: skip
+    for options in wrong:
+        with pytest.raises(tl.Error, match="trains along is one"):
+            Distill(**{"teacher": teacher, "teacher_lr": 1e-3, **options})
+    pass_ = Distill(teacher=teacher, teacher_lr=1e-3, steps=2)
+    with pytest.raises(tl.Error, match="loss"):
+        PassManager([pass_]).run(student(), calibration=[x for x, _ in batches])
+    frozen = deepcopy(teacher).requires_grad_(False)
+    with pytest.raises(tl.Error, match="no parameter that requires gradients"):
+        distilled(teacher=frozen, teacher_lr=1e-3)
 
 
 def test_what_cannot_be_turned_is_refused() -> None:

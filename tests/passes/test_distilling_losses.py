@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchlathe.ir import InputError, OptionError
+from torchlathe.passes.tune.distilling.anchor_prefix import AnchorPrefix
 from torchlathe.passes.tune.distilling.images import SpectrumMatching, StructuralSimilarity
 from torchlathe.passes.tune.distilling.logits import (
     BalancedDistillation,
@@ -170,6 +171,31 @@ def test_anchors(seed: int) -> None:
     assert torch.allclose(relations, without, atol=EXACT)
 
 
+def test_the_nearest_anchors_become_the_first_tokens() -> None:
+    torch.manual_seed(0)
+    anchors = torch.eye(5)[:, :4] + 0.01
+    prefix = AnchorPrefix(anchors, 4, count=2, temperature=0.5)
+    with torch.no_grad():
+        prefix.query.weight.copy_(torch.eye(4))
+    embeddings = torch.randn(3, 6, 4, requires_grad=True)
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[0, 4:] = 0
+    found, seen = prefix(embeddings, mask)
+    assert found.shape == (3, 8, 4)
+    assert torch.equal(found[:, 2:], embeddings)
+    assert seen.tolist() == [[1, 1, *row] for row in mask.tolist()]
+    # Padding says nothing of what a text is about.
+    cosines = F.cosine_similarity(embeddings[0, :4].mean(0)[None], anchors)
+    near, places = cosines.topk(2)
+    shares = (near / 0.5).softmax(-1)
+    tokens = prefix.token(F.normalize(anchors, dim=-1)[places]) * shares[:, None]
+    torch.testing.assert_close(found[0, :2], tokens)
+    found.square().sum().backward()
+    for name, parameter in prefix.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
 def test_k_means_finds_planted_centres() -> None:
     torch.manual_seed(0)
     centres = torch.eye(5)[:3]
@@ -301,8 +327,10 @@ def test_bias_loss_weighs_by_variance() -> None:
         (lambda: StructuralSimilarity(scales=6), "scales is 6"),
         (lambda: StructuralSimilarity(data_range=0.0), "data_range is 0.0"),
         (lambda: BiasLoss(alpha=-1.0), "alpha is -1.0"),
+        (lambda: AnchorPrefix(torch.eye(2), 3, count=3), "count is 3, but must be from 1 to 2"),
+        (lambda: AnchorPrefix(torch.eye(2), 3, count=1, temperature=0.0), "temperature is 0.0"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_bad_options(make: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):

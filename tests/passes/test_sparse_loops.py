@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 import torchlathe as tl
-from tests.passes.sparse_models import ConvNet, Mlp, batches, groups_of, train
-from torchlathe.optim import DHSPG, HESSO, HESSOCRIC, HSPG, SparseOptimizer
+from tests.passes.sparse_models import ConvNet, Deep, Mlp, batches, groups_of, train
+from torchlathe.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG, SparseOptimizer
+from torchlathe.passes import Segments
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hesso": (HESSO, {"pruning_steps": 8, "periods": 2}),
@@ -150,68 +152,106 @@ def test_a_closure_is_called_once() -> None:
 # -- processes -------------------------------------------------------------------------------------
 
 
-def _process(rank: int, folder: str, kind: str, wrap: str) -> None:
+def _wrapped(wrap: str, kind: str, x: torch.Tensor) -> tuple[Any, Any]:
+    """A model over the processes, if any, and its optimizer."""
+    torch.manual_seed(0)
+    make: Any
+    more: dict[str, Any]
+    if kind == "h2spg":
+        model: nn.Module = Deep().double()
+        groups: Any = tl.capture(model.eval(), (x,)).analysis(Segments)
+        make, more = H2SPG, {"pruning_steps": 8}
+    else:
+        model = Mlp().double()
+        groups = groups_of(model, x)
+        make, more = KINDS[kind]
+    wrapped: Any = model
+    if wrap == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    elif wrap == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in [m for m in model.modules() if isinstance(m, nn.Linear)][1:3]:
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    return wrapped, make(groups, wrapped, lr=1e-2, target_sparsity=0.5, start_step=2, **more)
+
+
+def _gone(optimizer: Any) -> tuple[Any, bool]:
+    """What went, and whether the weights say so too."""
+    if isinstance(optimizer, H2SPG):
+        return optimizer.chosen, len(optimizer.chosen) == 2
+    zero = optimizer.table.zero()
+    return zero.nonzero().flatten().tolist(), torch.equal(zero, optimizer.phase == 2)
+
+
+def _go_on(rank: int | None, wrapped: Any, optimizer: Any, data: Sequence[Any]) -> None:
+    """Train on the rows of a process, or on all."""
+    rows = slice(None) if rank is None else slice(8 * rank, 8 * rank + 8)
+    for x, y in data:
+        loss = nn.functional.cross_entropy(wrapped(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+
+
+def _whole(wrapped: Any) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("module."): t.full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in wrapped.named_parameters()
+    }
+
+
+def _process(rank: int, folder: str, kind: str, wrap: str, stop: int) -> None:
+    """Train, and from a state that was saved on the way once more."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        torch.manual_seed(0)
-        model = Mlp().double()
-        data = batches((16, 6), dtype=torch.float64)
-        x = next(data)[0]
-        groups = groups_of(model, x)
-        wrapped: Any
-        if wrap == "ddp":
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh("cpu", (2,))
-            for layer in (model.up, model.down):
-                fully_shard(layer, mesh=mesh)
-            wrapped = fully_shard(model, mesh=mesh)
-        make, more = KINDS[kind]
-        optimizer = make(groups, wrapped, lr=1e-2, target_sparsity=0.5, start_step=2, **more)
-        for _ in range(26):
-            x, y = next(data)
-            rows = slice(8 * rank, 8 * rank + 8)
-            loss = nn.functional.cross_entropy(wrapped(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step(loss=loss.detach())
-        tensors = {
-            name.removeprefix("module."): t.full_tensor() if hasattr(t, "full_tensor") else t
-            for name, t in wrapped.named_parameters()
-        }
-        torch.save((optimizer.phase, tensors, optimizer.table.zero()), f"{folder}/{rank}.pt")
+        stream = batches((16, 6), dtype=torch.float64)
+        x, data = next(stream)[0], [next(stream) for _ in range(26)]
+        wrapped, optimizer = _wrapped(wrap, kind, x)
+        _go_on(rank, wrapped, optimizer, data[:stop])
+        path = f"{folder}/state{rank}.pt"
+        torch.save((wrapped.state_dict(), optimizer.state_dict()), path)
+        _go_on(rank, wrapped, optimizer, data[stop:])
+        resumed, other = _wrapped(wrap, kind, x)
+        of_model, of_optimizer = torch.load(path, weights_only=False)
+        resumed.load_state_dict(of_model)
+        other.load_state_dict(of_optimizer)
+        _go_on(rank, resumed, other, data[stop:])
+        torch.save((_gone(optimizer), _whole(wrapped), _whole(resumed)), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("wrap", "kind"),
+    ("wrap", "kind", "stop"),
     [
-        ("fsdp", "hesso"),
-        pytest.param("ddp", "cric", marks=pytest.mark.slow),
-        pytest.param("fsdp", "dhspg", marks=pytest.mark.slow),
-        pytest.param("fsdp", "cric", marks=pytest.mark.slow),
+        ("fsdp", "hesso", 5),
+        pytest.param("ddp", "hesso", 5, marks=pytest.mark.slow),
+        pytest.param("ddp", "cric", 10, marks=pytest.mark.slow),
+        pytest.param("fsdp", "dhspg", 8, marks=pytest.mark.slow),
+        pytest.param("fsdp", "cric", 10, marks=pytest.mark.slow),
+        pytest.param("fsdp", "h2spg", 5, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_do_what_one_does(tmp_path: Path, wrap: str, kind: str) -> None:
-    spawn(_process, (str(tmp_path), kind, wrap), nprocs=2)
-    torch.manual_seed(0)
-    model = Mlp().double()
-    data = batches((16, 6), dtype=torch.float64)
-    optimizer = made(kind, model, next(data)[0])
-    train(model, optimizer, data, 26)
-    assert optimizer.zero_groups == 16
+def test_two_processes_do_what_one_does_and_are_resumed(
+    tmp_path: Path, wrap: str, kind: str, stop: int
+) -> None:
+    spawn(_process, (str(tmp_path), kind, wrap, stop), nprocs=2)
+    stream = batches((16, 6), dtype=torch.float64)
+    model, optimizer = _wrapped("", kind, next(stream)[0])
+    _go_on(None, model, optimizer, [next(stream) for _ in range(26)])
+    assert _gone(optimizer)[1]
     for rank in range(2):
-        phase, tensors, zero = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(phase, optimizer.phase)
-        assert torch.equal(zero, phase == 2)
+        gone, tensors, resumed = torch.load(tmp_path / f"{rank}.pt")
+        assert gone == _gone(optimizer)
         for name, value in model.named_parameters():
             # Mean gradients are sums in another order, which 26 steps of Adam carry along.
             torch.testing.assert_close(tensors[name], value, rtol=1e-6, atol=1e-8)
+            assert torch.equal(resumed[name], tensors[name]), name
 
 
 def _pipeline(rank: int, folder: str, world: int, method: str) -> None:

@@ -390,6 +390,17 @@ def test_the_state_of_another_run_is_refused() -> None:
         optimizer.load_state_dict(made(Mlp(16), x).state_dict())
 
 
+def test_states_of_other_optimizers_and_of_earlier_versions_are_refused() -> None:
+    x = torch.randn(4, 6)
+    cric = made(Mlp(), x, HESSOCRIC)
+    with pytest.raises(InputError, match=r"not of a HESSOCRIC like this one: stage is not in it"):
+        cric.load_state_dict(made(Mlp(), x).state_dict())
+    state = cric.state_dict()
+    state["sparse"]["saved"] = {"of_old": torch.zeros(3)}
+    with pytest.raises(InputError, match=r"the weights of of_old, which no cycle"):
+        cric.load_state_dict(state)
+
+
 def test_optim_is_public() -> None:
     assert tl.optim.HESSO is HESSO
     assert {"HESSO", "HESSOCRIC", "DHSPG", "HSPG", "H2SPG"} <= set(tl.optim.__all__)

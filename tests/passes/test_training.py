@@ -163,6 +163,24 @@ def test_a_killed_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert torch.equal(done.tensors[name], whole.tensors[name])
 
 
+@pytest.mark.slow
+def test_two_killed_processes_go_on_bit_for_bit(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out.safetensors", tmp_path / "states"
+    dead = worker("norm", str(out), f"checkpoint={folder}", "die=8", processes=2)
+    assert dead.returncode != 0
+    assert not out.exists()
+    found = []
+    for options in ([f"checkpoint={folder}"], []):
+        done = worker("norm", str(out), *options, processes=2)
+        assert done.returncode == 0, done.stderr
+        found.append(load_file(out))
+    resumed, whole = found
+    assert resumed.pop("resumed") == 6
+    assert whole.pop("resumed") == 0
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
 def test_another_run_leaves_the_checkpoint_alone(tmp_path: Path) -> None:
     _, first = train("norm", checkpoint=str(tmp_path))
     _, second = train("norm", checkpoint=str(tmp_path), lr=2e-2)

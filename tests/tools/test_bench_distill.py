@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from torchlathe.tools.bench import bench_distill
-from torchlathe.tools.bench.distill_page import holm, interval, measured, paired
+from torchlathe.tools.bench.distill_page import holm, measured, paired
 from torchlathe.tools.bench.distilling.data import TASKS, size, split, width_for
 from torchlathe.tools.bench.distilling.runs import ABLATIONS, METHODS, RATIO
+from torchlathe.tools.bench.intervals import interval
 from torchlathe.tools.bench.markdown import MARK
 
 

@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Final
 
 from torchlathe.tools.bench.bench_distill import RESULTS
 from torchlathe.tools.bench.distilling.data import TASKS
 from torchlathe.tools.bench.distilling.runs import ABLATIONS, METHODS, RATIO, Method
+from torchlathe.tools.bench.intervals import half_width, interval
 from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
 __all__ = ["main", "measured"]
@@ -81,16 +82,6 @@ def _seeds(rows: dict[str, Any], task: str) -> list[int]:
 
 def _values(rows: dict[str, Any], task: str, name: str, seeds: Sequence[int], what: str) -> Any:
     return [rows[f"methods|{task}|{name}|{seed}"][what] for seed in seeds]
-
-
-def interval(values: Sequence[float], digits: int = 1) -> str:
-    """The mean and half of its 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -204,7 +195,6 @@ def _plot(rows: dict[str, Any], path: Path) -> None:
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "torchlathe"
     from matplotlib import pyplot
-    from scipy.stats import t
 
     tasks = [task for task in TASKS if len(_seeds(rows, task)) > 1]
     names = [name for name in METHODS if name != "alone"]
@@ -217,7 +207,7 @@ def _plot(rows: dict[str, Any], path: Path) -> None:
             own = _values(rows, task, name, seeds, "accuracy")
             gains = [a - b for a, b in zip(own, alone, strict=True)]
             means.append(mean(gains))
-            halves.append(float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5)
+            halves.append(half_width(gains))
         shift = 0.8 * (place + 0.5) / len(names) - 0.4
         places = [index + shift for index in range(len(tasks))]
         axes.errorbar(places, means, yerr=halves, fmt="o", markersize=4, capsize=3, label=name)

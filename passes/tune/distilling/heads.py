@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from torchlathe.ir import InputError, Program, TensorKind
+from torchlathe.ir import Edit, InputError, Program, TensorKind
 from torchlathe.passes.tune.training.blocks import block_name
 
 __all__ = ["HeadedProgram", "ends_of_blocks", "with_heads"]
@@ -90,22 +90,27 @@ def with_heads(
     results = []
     with copy.edit(by="auxiliary heads") as edit:
         for index, node in enumerate(ends):
-            value = node.meta["val"]
-            channels = _channels(value)
-            assert channels is not None
-            drawn = torch.randn(classes, channels, generator=generator) / channels**0.5
-            weight = edit.add_tensor(
-                f"auxiliary_head_{index}.weight",
-                drawn.to(value.device, value.dtype),
-                TensorKind.PARAMETER,
-            )
-            mean = node
-            if value.dim() > 2:
-                axes = [2, 3] if value.dim() == 4 else [1]
-                mean = edit.call(aten.mean.dim, (node, axes), like=node)
-            results.append(edit.call(aten.linear.default, (mean, weight), like=mean))
+            name = f"auxiliary_head_{index}.weight"
+            results.append(_add_head(edit, node, name, classes, generator))
         output = copy.output_node
         outputs = list(output.args[0])  # type: ignore[arg-type]
         edit.set_args(output, ((*outputs, *results),))
         copy.out_spec = pytree.tree_structure((copy.unflatten_outputs(outputs), [0] * len(results)))
     return HeadedProgram(copy, len(results), frozenset(set(copy.entries) - before))
+
+
+def _add_head(
+    edit: Edit, node: fx.Node, name: str, classes: int, generator: torch.Generator
+) -> fx.Node:
+    """A classifier of the mean over positions of a value."""
+    value = node.meta["val"]
+    channels = _channels(value)
+    assert channels is not None
+    drawn = torch.randn(classes, channels, generator=generator) / channels**0.5
+    drawn = drawn.to(value.device, value.dtype)
+    weight = edit.add_tensor(name, drawn, TensorKind.PARAMETER)
+    mean = node
+    if value.dim() > 2:
+        axes = [2, 3] if value.dim() == 4 else [1]
+        mean = edit.call(aten.mean.dim, (node, axes), like=node)
+    return edit.call(aten.linear.default, (mean, weight), like=mean)

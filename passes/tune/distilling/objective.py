@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torchlathe.passes.statistics.losses import loss_of
 from torchlathe.passes.tune.distilling.attending import AttentionSite
 from torchlathe.passes.tune.distilling.images import SpectrumMatching, StructuralSimilarity
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, JointLabels
+from torchlathe.passes.tune.distilling.learning_teacher import LearningTeacher
 from torchlathe.passes.tune.distilling.logits import BalancedDistillation, KnowledgeDistillation
 from torchlathe.passes.tune.distilling.regularising import BiasLoss, condition_gap
 from torchlathe.passes.tune.distilling.teachers import TeacherMixture, Teachers
@@ -93,7 +94,8 @@ class DistillingObjective:
     @property
     def hooks(self) -> list[Hook]:
         """What has a state of its own."""
-        others = [self.mixture, self.bias if self.features is not None else None]
+        bias = self.bias if self.features is not None else None
+        others: list[Hook | None] = [self.mixture, self.teachers.learning, bias]
         return [self.temperature, *(hook for hook in others if hook is not None)]
 
     def _told(self, forward: Forward) -> tuple[list[Sequence[Any]], Mapping[str, torch.Tensor]]:
@@ -138,6 +140,8 @@ class DistillingObjective:
             loss = loss + self.head_weight * self._headed(forward, degree)
         if forward.training:
             self.temperature.tell(float(loss.detach()))
+            if self.teachers.learning is not None:
+                loss = loss + self._teacher_loss(self.teachers.learning, own, told[0], degree)
         return loss
 
     def _distilled(
@@ -152,7 +156,7 @@ class DistillingObjective:
         total: torch.Tensor | None = None
         for place in places:
             mine = own.flat_outputs[place].float()
-            theirs = [outputs[place].float() for outputs in told]
+            theirs = [outputs[place].detach().float() for outputs in told]
             found = self._matched(mine, theirs, self.logits[place], degree, own)
             total = found if total is None else total + found
         assert total is not None
@@ -181,6 +185,16 @@ class DistillingObjective:
             weights = self.bias.weights(own.taps[self.features])
             rows = rows * (weights / weights.mean()).reshape(-1, *[1] * (rows.dim() - 1))
         return rows.mean() + extra
+
+    def _teacher_loss(
+        self, teacher: LearningTeacher, own: Forward, told: Sequence[Any], degree: float
+    ) -> torch.Tensor:
+        """Of a teacher that trains along."""
+        loss = loss_of_either(self.ctx, _with_outputs(self.program, own, told))
+        for place in floating(own.flat_outputs, told):
+            if self.logits[place]:
+                loss = loss + teacher.divergence(told[place], own.flat_outputs[place], degree)
+        return loss
 
     def _logit_loss(self, degree: float) -> BalancedDistillation | KnowledgeDistillation:
         if self.logit_loss == "balanced":
@@ -220,6 +234,9 @@ class DistillingObjective:
         found = fidelity(own.flat_outputs, told[0], self.logits)
         if self.ctx.loss is not None:
             found["task"] = float(loss_of_either(self.ctx, own))
+        if self.teachers.learning is not None:
+            theirs = _with_outputs(self.program, own, told[0])
+            found["teacher_task"] = float(loss_of_either(self.ctx, theirs))
         return found
 
 
@@ -243,5 +260,9 @@ def _replaced(
     """The outputs of the model with a head's logits in the place of its own."""
     flat = list(own.flat_outputs)
     flat[list(logits).index(True)] = head
-    outputs = program.unflatten_outputs(flat)
-    return Forward(own.batch, own.flat, outputs, flat, own.taps, own.step, own.training)
+    return _with_outputs(program, own, flat)
+
+
+def _with_outputs(program: Program, own: Forward, flat: Sequence[Any]) -> Forward:
+    """The same batch, with other outputs."""
+    return replace(own, outputs=program.unflatten_outputs(flat), flat_outputs=flat)

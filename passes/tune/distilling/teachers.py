@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -19,6 +18,7 @@ from torchlathe.passes.tune.training import Forward
 from torchlathe.passes.tune.training.hooks import Hook
 
 if TYPE_CHECKING:
+    from torchlathe.passes.tune.distilling.learning_teacher import LearningTeacher
     from torchlathe.passes.tune.training.trainer import Trainer
 
 __all__ = ["TeacherMixture", "Teachers", "as_teachers"]
@@ -49,6 +49,7 @@ class Teachers:
         student: The program that learns: it knows how inputs are put together.
         teachers: At least one.
         taps: Nodes of the first teacher, if that is a program, whose values are wanted.
+        learning: Stands for the only teacher, and trains along; its outputs have gradients.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Teachers:
         student: Program,
         teachers: Sequence[Program | nn.Module],
         taps: Sequence[str] = (),
+        learning: LearningTeacher | None = None,
     ) -> None:
         self._student, self._teachers = student, tuple(teachers)
+        self.learning = learning
         self._references = [
             Reference(one, taps if index == 0 else ()) if isinstance(one, Program) else None
             for index, one in enumerate(self._teachers)
@@ -72,9 +75,11 @@ class Teachers:
         outputs: list[Sequence[Any]] = []
         taps: Mapping[str, torch.Tensor] = {}
         for teacher, reference in zip(self._teachers, self._references, strict=True):
-            if reference is not None:
+            if self.learning is not None:
+                found: Sequence[Any] = self.learning(forward)
+            elif reference is not None:
                 told = reference(forward)
-                found: Sequence[Any] = told.outputs
+                found = told.outputs
                 taps = taps or told.taps
             else:
                 assert isinstance(teacher, nn.Module)
@@ -163,11 +168,7 @@ class TeacherMixture(Hook):
 
     def before_step(self, trainer: Trainer) -> None:
         """Average gradients over processes, for the network is not sharded."""
-        if trainer.processes.world > 1:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad.div_(trainer.processes.world)
+        trainer.processes.average_unsharded(self.parameters())
 
     def state(self) -> dict[str, Any]:
         """The weights."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torchlathe.passes.rewrite.branches.liveness import Liveness
 from torchlathe.passes.tune.optim.groups import Sums, named_tensors
 from torchlathe.passes.tune.optim.hesso import left_after
 from torchlathe.passes.tune.optim.saliency import Saliency, saliency_of
-from torchlathe.passes.tune.optim.shards import local, shard_of
+from torchlathe.passes.tune.optim.shards import Meshes, all_reduced, local, shard_of
 from torchlathe.passes.tune.optim.sparse_optimizer import (
     WrappedOptimizer,
     check_schedule,
@@ -27,6 +29,32 @@ from torchlathe.passes.tune.optim.sparse_optimizer import (
 )
 
 __all__ = ["H2SPG"]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What is zero in one tensor without a branch.
+
+    Attributes:
+        tensor: The live one.
+        axis: One of its axes.
+        indices: Of the axis, as far as this process has them.
+        meshes: Process groups over which parts of the tensor are spread.
+    """
+
+    tensor: torch.Tensor
+    axis: int
+    indices: torch.Tensor
+    meshes: Meshes
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """The slice of values in the shape of the tensor's local part."""
+        return values.index_select(self.axis, self.indices.to(values.device))
+
+    def multiply(self, factor: float) -> None:
+        """In place."""
+        mine = local(self.tensor)
+        mine.index_copy_(self.axis, self.indices.to(mine.device), self.of(mine) * factor)
 
 
 class H2SPG(WrappedOptimizer):
@@ -109,10 +137,8 @@ class H2SPG(WrappedOptimizer):
             )
         return found
 
-    def _of(
-        self, branch: Branch, tensors: Mapping[str, torch.Tensor]
-    ) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
-        """Tensors, axes and indices that are zero without a branch."""
+    def _of(self, branch: Branch, tensors: Mapping[str, torch.Tensor]) -> list[_Slice]:
+        """What is zero without a branch."""
         found = []
         for name, axes in zeroed_by(self.program, [branch]).slices.items():
             tensor = tensors.get(name)
@@ -123,9 +149,12 @@ class H2SPG(WrappedOptimizer):
                     f"{'is missing' if tensor is None else tuple(tensor.shape)} in the model",
                     hint="give the model that was captured",
                 )
-            if shard_of(tensor, name).meshes:
-                raise InputError(f"{name} is split over processes, which H2SPG cannot work on")
-            found += [(tensor, axis, indices) for axis, indices in axes.items()]
+            shard = shard_of(tensor, name)
+            for axis, indices in axes.items():
+                if shard.dim == axis:
+                    mine = (indices >= shard.start) & (indices < shard.stop)
+                    indices = indices[mine] - shard.start
+                found.append(_Slice(tensor, axis, indices, shard.meshes))
         return found
 
     # -- stepping ----------------------------------------------------------------------------
@@ -148,28 +177,30 @@ class H2SPG(WrappedOptimizer):
         self.steps += 1
         return result
 
-    def _every(self) -> Iterator[tuple[str, int, torch.Tensor, int, torch.Tensor]]:
-        for branch in self._candidates:
-            for i, (tensor, axis, indices) in enumerate(self._slices[branch.name]):
-                yield branch.name, i, tensor, axis, indices
-
     @torch.no_grad()
     def _remember(self) -> dict[int, torch.Tensor]:
-        return {id(t): local(t).clone() for _, _, t, _, _ in self._every()}
+        slices = itertools.chain.from_iterable(self._slices.values())
+        return {id(part.tensor): local(part.tensor).clone() for part in slices}
 
     @torch.no_grad()
-    def _choose(self, before: Mapping[int, torch.Tensor]) -> None:
+    def _sums(self, before: Mapping[int, torch.Tensor]) -> Sums:
+        """Of each branch, over all processes."""
         rates = rates_of(self.param_groups)
-        rows = {b.name: [0.0, 0.0, 0.0, 0.0] for b in self._candidates}
-        for name, _, tensor, axis, indices in self._every():
-            x = before[id(tensor)].index_select(axis, indices.to(tensor.device)).double()
-            now = local(tensor).index_select(axis, indices.to(tensor.device)).double()
-            d = (x - now) / (rates.get(id(tensor)) or math.inf)
-            parts = torch.stack([(x * x).sum(), (x * d).sum(), (d * d).sum()]).tolist()
-            row = zip(rows[name], [*parts, x.numel()], strict=True)
-            rows[name] = [a + b for a, b in row]
-        columns = torch.tensor(list(rows.values()), dtype=torch.float64).T
-        scores = self.saliency.scores(Sums(*columns))
+        found: dict[Meshes, torch.Tensor] = {}
+        for row, branch in enumerate(self._candidates):
+            for part in self._slices[branch.name]:
+                x = part.of(before[id(part.tensor)]).double()
+                d = x - part.of(local(part.tensor)).double()
+                d /= rates.get(id(part.tensor)) or math.inf
+                sums = torch.stack([(x * x).sum(), (x * d).sum(), (d * d).sum()]).cpu()
+                total = found.setdefault(part.meshes, sums.new_zeros(4, len(self._candidates)))
+                total[:3, row] += sums
+                total[3, row] += x.numel()
+        totals = [all_reduced(total, meshes) for meshes, total in found.items()]
+        return Sums(*torch.stack(totals).sum(0))
+
+    def _choose(self, before: Mapping[int, torch.Tensor]) -> None:
+        scores = self.saliency.scores(self._sums(before))
         by_branch = dict(zip(self._candidates, scores.tolist(), strict=True))
         sizes = sum(t.numel() for t in self.program.parameters.values())
         aim = Aim("parameters", self.target_sparsity * sizes)
@@ -180,10 +211,8 @@ class H2SPG(WrappedOptimizer):
     @torch.no_grad()
     def _multiply(self, factor: float) -> None:
         for name in self.chosen:
-            for tensor, axis, indices in self._slices[name]:
-                rows = indices.to(tensor.device)
-                part = local(tensor).index_select(axis, rows) * factor
-                local(tensor).index_copy_(axis, rows, part)
+            for part in self._slices[name]:
+                part.multiply(factor)
 
     # -- state -------------------------------------------------------------------------------
 

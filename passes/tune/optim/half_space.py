@@ -103,9 +103,9 @@ class _HalfSpace(SparseOptimizer):
                 hint="use HESSO for divisible",
             )
         super().__init__(groups, model, **options)
-        adaptive = "Adam" in type(self.base).__name__
-        self.penalty = penalty if penalty is not None else self._default_penalty(adaptive)
-        self.adaptive = adaptive
+        self.adaptive = "Adam" in type(self.base).__name__
+        usual = 1e-2 if self.adaptive else 1e-3
+        self.penalty = usual if penalty is None else penalty
         self.epsilon = epsilon
         self.settle_steps = self.pruning_steps // 4 if settle_steps is None else settle_steps
         if not 0 <= epsilon < 1 or self.penalty < 0:
@@ -120,9 +120,6 @@ class _HalfSpace(SparseOptimizer):
                 where=where,
             )
         self.penalised = torch.zeros(self.table.count, dtype=torch.bool)
-
-    def _default_penalty(self, adaptive: bool) -> float:
-        return 1e-2 if adaptive else 1e-3
 
     # -- stepping ----------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from torchlathe.ir import OptionError, PreconditionError
+from torchlathe.ir import InputError, OptionError, PreconditionError
 from torchlathe.passes.analysis.families import Families
 from torchlathe.passes.tune.optim.groups import named_tensors
 from torchlathe.passes.tune.optim.hesso import left_after
@@ -283,7 +283,17 @@ class HESSOCRIC(SparseOptimizer):
         return super().sparse_state() | own | {"saved": saved}
 
     def load_sparse_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sparse_state` gave."""
+        """Take over what `sparse_state` gave.
+
+        Raises:
+            InputError: It is of other groups, or has weights that the model has not.
+        """
+        if unknown := [name for name in state["saved"] if name not in self._all]:
+            raise InputError(
+                f"the state has the weights of {unknown[0]}, which no cycle of this model changes",
+                hint="load it into the model that it was saved with, with the same parameters "
+                "frozen",
+            )
         super().load_sparse_state(state)
         for name in self._KEPT_STATE:
             value = state[name]

@@ -92,9 +92,24 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 hint=f"load it into {type(self.base).__name__}, or give the state_dict() of a "
                 f"{type(self).__name__}",
             )
+        self._check_state(state_dict["sparse"])
         self.load_sparse_state(state_dict["sparse"])
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "sparse"})
         self._share()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what another optimizer saved, or this one in an earlier version.
+
+        Raises:
+            InputError: Something is missing.
+        """
+        if missing := [name for name in self.sparse_state() if name not in state]:
+            name = type(self).__name__
+            raise InputError(
+                f"the state is not of a {name} like this one: {missing[0]} is not in it",
+                hint=f"give the state_dict() of a {name}; one that an earlier version saved cannot "
+                "be gone on from",
+            )
 
     @abstractmethod
     def sparse_state(self) -> dict[str, Any]:
@@ -172,12 +187,7 @@ class SparseOptimizer(WrappedOptimizer):
         chosen, self.diagnostics = choice.of(groups)
         tensors = named_tensors(model)
         self.table = GroupTable(groups, chosen, tensors)
-        if keep_at_least is None:
-            keep_at_least = (1 - target_sparsity) * 2 / 3
-            rounded = Floors(keep_at_least, divisible)
-            if _spare(self.table, rounded) < int(self.table.count * target_sparsity):
-                keep_at_least = 1
-        self.floors = Floors(keep_at_least, divisible)
+        self.floors = _floors(self.table, target_sparsity, keep_at_least, divisible)
         self.target = _target(self.table, target_sparsity, self.floors, name)
         self.start_step, self.pruning_steps = start_step, pruning_steps
         self.steps = 0
@@ -332,6 +342,15 @@ def _rank_within(members: torch.Tensor, kinds: int) -> torch.Tensor:
 def _spare(table: GroupTable, floors: Floors) -> int:
     """Groups that may go at most."""
     return sum(f.extent - floors.of(f) for f in table.chosen)
+
+
+def _floors(table: GroupTable, sparsity: float, least: float | None, divisible: int) -> Floors:
+    """What each family keeps; one unit at least where the default asks for more than can stay."""
+    if least is not None:
+        return Floors(least, divisible)
+    found = Floors((1 - sparsity) * 2 / 3, divisible)
+    enough = _spare(table, found) >= int(table.count * sparsity)
+    return found if enough else Floors(1, divisible)
 
 
 def _target(table: GroupTable, sparsity: float, floors: Floors, where: str) -> int:

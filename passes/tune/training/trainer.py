@@ -175,16 +175,7 @@ class Trainer:
         self.objective, self.metrics, self.hooks = objective, metrics, tuple(hooks)
         self.device = device_of(program)
         self.processes = Processes(self.device)
-        self.batches = TrainingData(
-            program,
-            ctx,
-            held_out=options.held_out,
-            validation=validation,
-            shuffle=options.shuffle,
-            seed=ctx.seed,
-            rank=self.processes.rank,
-            world=self.processes.world,
-        )
+        self.batches = self._make_batches(validation)
         self.total = self._count_steps()
         self._every = options.evaluate_every or max(1, self.total // 10)
         self._key = key
@@ -195,6 +186,18 @@ class Trainer:
         self._now = _Progress()
         self._epoch_random = torch.get_rng_state()
         self._resumed_random: Mapping[str, torch.Tensor] | None = None
+
+    def _make_batches(self, validation: Any) -> TrainingData:
+        return TrainingData(
+            self.program,
+            self.ctx,
+            held_out=self.options.held_out,
+            validation=validation,
+            shuffle=self.options.shuffle,
+            seed=self.ctx.seed,
+            rank=self.processes.rank,
+            world=self.processes.world,
+        )
 
     def _make_module(
         self, taps: Sequence[str], local: bool, written: Sequence[str]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from torchlathe.ir import Program
 from torchlathe.passes.base import TunePass
+from torchlathe.passes.tune.training.hooks import Hook, KeepMasks
+from torchlathe.passes.tune.training.module import choose_trainable, masks_of_zeros
 from torchlathe.passes.tune.training.options import Schedule, TrainingOptions
 
 __all__ = ["OptionValue", "TrainerPass"]
@@ -80,3 +83,18 @@ class TrainerPass(TunePass):
         names = [each.name for each in fields(TrainingOptions)]
         shared = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return TrainingOptions(**{**shared, **others})
+
+    def key(self, **others: Any) -> str:
+        """The pass as text, without what makes no difference to the result: for checkpoints.
+
+        Args:
+            **others: Options that are to be others than the pass says.
+        """
+        return replace(self, checkpoint=None, save_every=1, **others).spec()
+
+    def hooks_for(self, program: Program) -> list[Hook]:
+        """What keeps the zeros of a program where they are to stay."""
+        if not self.keep_zeros:
+            return []
+        names = choose_trainable(program, self.trainable, self.frozen)
+        return [KeepMasks(masks_of_zeros(program, names))]

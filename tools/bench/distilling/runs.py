@@ -31,11 +31,13 @@ class Method:
         options: Of `Distill`.
         teachers: How many there are.
         chain: Students in between, each the next one's only teacher.
+        along: The teacher begins untrained, and trains along.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     teachers: int = 1
     chain: int = 0
+    along: bool = False
 
 
 _HPM: Final = {"temperature_schedule": "cosine", "attention": True}
@@ -64,7 +66,8 @@ ABLATIONS: Final[dict[str, tuple[str, dict[str, Method]]]] = {
             if d == 2
             else Method({"loss": "balanced", "delta": d})
             for d in (1.0, 2.0, 4.0)
-        },
+        }
+        | {"delta = 2, the teacher trains along": Method({"loss": "balanced"}, along=True)},
     ),
     "parts of HPM-KD": (
         "digits, features",
@@ -98,8 +101,7 @@ def _teacher(task: str, seed: int, number: int) -> nn.Module:
     """A large net, trained on labels alone."""
     chosen = TASKS[task]
     data = split(chosen, seed)
-    torch.manual_seed(100 * seed + number)
-    model = chosen.net(chosen.width)
+    model = _untrained(chosen, seed, number)
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, chosen.rate, total_steps=chosen.steps)
     for _ in range(chosen.steps):
@@ -109,6 +111,11 @@ def _teacher(task: str, seed: int, number: int) -> nn.Module:
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _untrained(task: Task, seed: int, number: int = 0) -> nn.Module:
+    torch.manual_seed(100 * seed + number)
+    return task.net(task.width)
 
 
 def teacher_run(task: str, seed: int) -> dict[str, float]:
@@ -125,6 +132,9 @@ def one_run(task: str, method: Method, seed: int) -> dict[str, float]:
     teachers: list[Any] = [_teacher(task, seed, number) for number in range(method.teachers)]
     whole = size(chosen.net(chosen.width))
     options = dict(method.options)
+    if method.along:
+        teachers = [_untrained(chosen, seed)]
+        options["teacher_lr"] = chosen.rate
     for stage in range(1, method.chain + 1):
         wanted = whole * RATIO ** (-stage / (method.chain + 1))
         between = _student(chosen, data, width_for(chosen, wanted), seed, teachers, options)

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["NETS", "Attention", "Digits", "accuracy", "digits", "trained"]
+__all__ = [
+    "NETS",
+    "Attention",
+    "ConvNet",
+    "Digits",
+    "VisionTransformer",
+    "accuracy",
+    "digits",
+    "trained",
+]
 
 
 @dataclass(frozen=True)
@@ -116,15 +125,18 @@ class _Layer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """16 patches of 2 x 2 pixels, three layers of width 48, the mean over patches, a head."""
+    """16 patches, three layers, the mean over patches, a head.
 
-    def __init__(self) -> None:
+    Patches begin every two pixels, and overlap if they are larger than that.
+    """
+
+    def __init__(self, width: int = 48, hidden: int = 128, patch: int = 2) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(1, 48, 2, stride=2)
-        self.position = nn.Parameter(torch.randn(1, 16, 48) * 0.1)
-        self.layers = nn.ModuleList(_Layer(48, 4, 128) for _ in range(3))
-        self.norm = nn.LayerNorm(48)
-        self.head = nn.Linear(48, 10)
+        self.patch = nn.Conv2d(1, width, patch, stride=2, padding=patch // 2 - 1)
+        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.1)
+        self.layers = nn.ModuleList(_Layer(width, 4, hidden) for _ in range(3))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, 10) of images (n, 1, 8, 8)."""

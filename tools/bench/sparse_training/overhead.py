@@ -57,7 +57,6 @@ def overhead(rounds: int = 4) -> dict[str, Any]:
     model = Encoder()
     x = torch.randn(8, 32, 32)
     groups = tl.capture(model.eval(), (x,)).analysis(ZeroInvariantGroups)
-    steps = 10 * rounds
     found: dict[str, Any] = {}
     bases: dict[str, dict[str, bool]] = {
         "default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}
@@ -65,39 +64,45 @@ def overhead(rounds: int = 4) -> dict[str, Any]:
     for name, base_options in bases.items():
         sparse = optim.HESSO(
             groups, model, lr=1e-4, **base_options, target_sparsity=0.7, start_step=rounds,
-            pruning_steps=steps, periods=10,
+            pruning_steps=10 * rounds, periods=10,
         )  # fmt: skip
         for _ in range(2):
             _backward(model, x)
             sparse.base.step()
-        rows: dict[str, list[tuple[float, float]]] = {}
-        while not sparse.finished or len(rows.get("zero", ())) < rounds:
-            stage = _stage(sparse)
-            base, own = _time(sparse.base.step), _time(sparse.step)
-            rows.setdefault(stage, []).append((base, own))
-        whole = _time(lambda: _backward(model, x))
-        base = median(b for pairs in rows.values() for b, _ in pairs)
-        found[name] = {
-            "base_ms": 1e3 * base,
-            "training_step_ms": 1e3 * (base + whole),
-            **{stage: median(own / b for b, own in pairs) for stage, pairs in rows.items()},
-            "all": sum(own for p in rows.values() for _, own in p)
-            / sum(b for p in rows.values() for b, _ in p),
-        }
+        found[name] = _times(sparse, rounds, lambda: _backward(model, x))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {**found, "parameters": parameters, "groups": sparse.table.count, **_memory(sparse)}
+
+
+def _times(sparse: optim.HESSO, rounds: int, backward: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of the base, and how many times as long a step takes at each stage."""
+    rows: dict[str, list[tuple[float, float]]] = {}
+    while not sparse.finished or len(rows.get("zero", ())) < rounds:
+        stage = _stage(sparse)
+        base, own = _time(sparse.base.step), _time(sparse.step)
+        rows.setdefault(stage, []).append((base, own))
+    whole = _time(backward)
+    pairs = [pair for found in rows.values() for pair in found]
+    base = median(b for b, _ in pairs)
+    return {
+        "base_ms": 1e3 * base,
+        "training_step_ms": 1e3 * (base + whole),
+        **{stage: median(own / b for b, own in found) for stage, found in rows.items()},
+        "all": sum(own for _, own in pairs) / sum(b for b, _ in pairs),
+    }
+
+
+def _memory(sparse: optim.HESSO) -> dict[str, int]:
+    """Bytes of what is prunable, of the copy while groups go, and of what is held throughout."""
     table = sparse.table
     tensors = {place.name: place.tensor for place in table.places}
-    prunable = sum(t.numel() * t.element_size() for t in tensors.values())
-    copy = sum(t.numel() * t.element_size() for t in table.remember().values())
     lasting = sum(
         f.owners.numel() * 8 + f.flat.numel() * f.flat.element_size()
         for f in table._factors.values()
     )
     return {
-        **found,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "groups": table.count,
-        "prunable_bytes": prunable,
-        "copy_bytes": copy,
+        "prunable_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "copy_bytes": sum(t.numel() * t.element_size() for t in table.remember().values()),
         "lasting_bytes": lasting,
     }
 
