@@ -11,10 +11,14 @@ the very same ops.
 The half step lets 16 numbers cover the range evenly. Keys have few channels that are far larger
 than the others: a Hadamard rotation of every row, undone on reading, spreads them over all.
 
+A middle of each channel that is known beforehand may be taken off first, and is added again.
+
 Source: per-token groups of channels are what KIVI (arXiv 2402.02750, section 3) does to values and
 QServe (arXiv 2405.04532, section 4) to both; the rotation of keys is QuaRot's (arXiv 2404.00456,
-section 4). KIVI's keys per channel need a window of tokens in full precision, which a graph without
-state does not have. The half step is own.
+section 4). Keys per channel are KIVI's too: it finds their ranges in a window of tokens in full
+precision, which a graph without state does not have, so that they come from calibration data as in
+KVQuant (arXiv 2401.18079, section 3.1). Only zero points are by channel here, the step stays that
+of the token: steps by channel as well lost more. The half step is own.
 """
 
 from __future__ import annotations
@@ -94,7 +98,9 @@ def _rotated(x: Tensor, rotate: bool) -> Tensor:
 
 
 @register("quantize_cache")
-def quantize_cache(x: Tensor, bits: int, group: int, rotate: bool) -> Tensor:
+def quantize_cache(
+    x: Tensor, bits: int, group: int, rotate: bool, middles: Tensor | None = None
+) -> Tensor:
     """Rows of a cache as bytes.
 
     Args:
@@ -102,6 +108,7 @@ def quantize_cache(x: Tensor, bits: int, group: int, rotate: bool) -> Tensor:
         bits: 8 or 4.
         group: Channels that share a step; 0 for all of a head.
         rotate: Whether rows are rotated first, where their width is a power of two.
+        middles: What is taken off of x first, (..., columns); by default nothing.
 
     Returns:
         (..., `row_bytes`), uint8.
@@ -111,7 +118,10 @@ def quantize_cache(x: Tensor, bits: int, group: int, rotate: bool) -> Tensor:
     """
     columns = int(x.shape[-1])
     row_bytes(columns, bits, group)
-    parts = _rotated(x.to(torch.float32), rotate).unflatten(-1, (_groups(columns, group), -1))
+    wide = x.to(torch.float32)
+    if middles is not None:
+        wide = wide - middles
+    parts = _rotated(wide, rotate).unflatten(-1, (_groups(columns, group), -1))
     if bits == 8:
         step = _narrow(parts.abs().amax(-1) / 127)
         # fp16 may have rounded the step down.
@@ -128,7 +138,13 @@ def quantize_cache(x: Tensor, bits: int, group: int, rotate: bool) -> Tensor:
 
 @register("dequantize_cache")
 def dequantize_cache(
-    rows: Tensor, columns: int, bits: int, group: int, rotate: bool, dtype: torch.dtype
+    rows: Tensor,
+    columns: int,
+    bits: int,
+    group: int,
+    rotate: bool,
+    dtype: torch.dtype,
+    middles: Tensor | None = None,
 ) -> Tensor:
     """What the bytes of `quantize_cache` stand for.
 
@@ -139,6 +155,7 @@ def dequantize_cache(
         group: Channels that share a step; 0 for all of a head.
         rotate: Whether rows were rotated.
         dtype: Of the result.
+        middles: What was taken off.
 
     Returns:
         (..., columns).
@@ -154,4 +171,7 @@ def dequantize_cache(
         step, least = scales[..., :groups, None], scales[..., groups:, None]
         parts = (pairs.unflatten(-1, (groups, -1)) + 0.5) * step + least
     # The rotation is its own inverse.
-    return _rotated(parts.flatten(-2), rotate).to(dtype)
+    wide = _rotated(parts.flatten(-2), rotate)
+    if middles is not None:
+        wide = wide + middles
+    return wide.to(dtype)

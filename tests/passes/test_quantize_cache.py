@@ -23,6 +23,7 @@ from torchlathe.kernels.dequantize.cache import (
     row_bytes,
 )
 from torchlathe.passes import QuantizeCache
+from torchlathe.passes.rewrite.quantising.caches import find_caches, holds_keys, token_axis
 from torchlathe.passes.rewrite.quantising.quantize_cache import stored_inputs
 from torchlathe.tools.compat import define_torchvision_ops
 
@@ -126,6 +127,10 @@ def test_ops_hold_to_what_they_declare(bits: int) -> None:
     torch.library.opcheck(ops.quantize_cache.default, (x, bits, 32, True))
     rows = ops.quantize_cache(x, bits, 32, True)
     torch.library.opcheck(ops.dequantize_cache.default, (rows, 64, bits, 32, True, torch.float32))
+    own = torch.randn(64)
+    rest = (64, bits, 32, True, torch.float32)
+    torch.library.opcheck(ops.quantize_cache.default, (x, bits, 32, True, own))
+    torch.library.opcheck(ops.dequantize_cache.default, (rows, *rest, own))
     # One row alone, whose steps lie in the middle of its memory.
     alone = ops.dequantize_cache(rows[0, 0], 64, bits, 32, True, torch.float32)
     whole = ops.dequantize_cache(rows, 64, bits, 32, True, torch.float32)
@@ -158,6 +163,41 @@ def test_a_step_of_a_llama(bits: int, bound: float) -> None:
     assert "changed the type of inputs" in record.verification["skipped"]
     kinds = {str(n.meta["val"].dtype) for n in after.input_nodes}
     assert kinds == {"torch.int64", "torch.uint8"}
+
+
+class Counting(nn.Module):
+    """Attention that scales by how many rows there were, and by how many there are."""
+
+    def forward(self, x: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        joined = torch.cat([past, x], 2)
+        read = F.scaled_dot_product_attention(x, joined, joined)
+        return read * past.shape[2] + joined.shape[2], joined
+
+
+@pytest.mark.parametrize("model", ["llama", "counting"])
+def test_how_many_rows_there_are_is_read_from_bytes(model: str) -> None:
+    if model == "llama":
+        program, _ = _step(_llama())
+    else:
+        length = torch.export.Dim("length", min=2, max=64)
+        inputs = (torch.randn(1, 2, 1, 16), torch.randn(1, 2, 5, 16))
+        program = capture(Counting(), inputs, dynamic_shapes=({}, {2: length}))
+    size = torch.ops.aten.sym_size.int
+    assert program.graph.find_nodes(op="call_function", target=size)
+    after = PassManager("quantize-cache").run(program)
+    verify(after, "full")
+    reads = after.graph.find_nodes(
+        op="call_function", target=torch.ops.torchlathe.dequantize_cache.default
+    )
+    # One for each cache, of all of it; none of the rows before, which nothing but sizes wanted.
+    assert len(reads) == int(after.history[-1].statistics["caches"])
+    for node in reads:
+        assert any(user.target is not size for user in node.users)
+    if model == "counting":
+        x = torch.randn(1, 2, 1, 16)
+        (_, stored), _ = stored_inputs(after, (x, torch.randn(1, 2, 9, 16)), {})
+        read, _ = after.run(x, stored)
+        assert 9 * x.abs().max() + 10 + 9 > read.mean() > 10 - 9 * x.abs().max()
 
 
 def test_a_prompt_and_many_steps() -> None:
@@ -251,6 +291,114 @@ def test_a_cache_that_is_written_into(bits: int) -> None:
             found, *stored = after.run(x, at, *stored)
             error = float((found - wanted).norm() / wanted.norm())
             assert error < {8: 0.02, 4: 0.3}[bits]
+
+
+# -- keys by channel -----------------------------------------------------------------------------
+
+
+def _biased(attention: str = "sdpa") -> Any:
+    """A Llama whose keys have a few channels that are far from zero, as those of Qwen have.
+
+    They are those that positions turn least: others have any sign.
+    """
+    model = _llama()
+    model.set_attn_implementation(attention)
+    for layer in model.model.layers:
+        proj = layer.self_attn.k_proj
+        proj.bias = nn.Parameter(torch.zeros(proj.out_features))
+        with torch.no_grad():
+            proj.bias[7::8] = 3
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_are_what_queries_are_compared_with(attention: str) -> None:
+    program, _ = _step(_biased(attention))
+    caches = find_caches(program)
+    assert len(caches) == 4
+    for cache in caches:
+        assert holds_keys(cache) == ("key_cache" in cache.name)
+    assert {token_axis(cache) for cache in caches} == {2}
+
+
+def test_channels_that_are_far_from_zero_have_their_own_middle(tmp_path: Path) -> None:
+    model = _biased()
+    program, kwargs = _step(model)
+    data = [_step(model, 12)[1] for _ in range(3)]
+    keys = kwargs["past_key_values"].layers[0].keys
+    errors = []
+    for option in ("token", "channel"):
+        spec = f"quantize-cache{{bits=4,rotate=false,keys={option}}}"
+        after = PassManager(spec).run(program, calibration=data)
+        verify(after, "full")
+        statistics = after.history[-1].statistics
+        # As many bytes: zero points are of the program, not of a row.
+        assert statistics["bytes_of_a_row"] == 12
+        own = () if option == "token" else (after.tensor("key_middles_0"),)
+        assert statistics["keys_by_channel"] == 2 * len(own)
+        _, stored = stored_inputs(after, (), kwargs)
+        rows = stored["past_key_values"].layers[0].keys
+        found = dequantize_cache(rows, 16, 4, 0, False, torch.float32, *own)
+        errors.append(float((found - keys).norm()))
+    # The range of a row is that of two channels of sixteen, unless their middles are taken off.
+    assert errors[1] < 0.3 * errors[0]
+    found = after.run(**stored)
+    compiled = tl.backends.CompiledModel(after)
+    compiled.save(tmp_path / "step.tl")
+    assert torch.equal(tl.load(tmp_path / "step.tl")(**stored).logits, found.logits)
+    # What is stored is not rounded again.
+    assert torch.equal(found.past_key_values.layers[0].keys[:, :, :8], rows)
+
+
+def test_keys_of_a_prompt_are_stored_by_those_who_read_them() -> None:
+    model = _biased()
+    step, _ = _step(model)
+    ids = torch.randint(0, 60, (2, 8))
+    prompt = capture(model, (), {"input_ids": ids, "use_cache": True})
+    spec = "quantize-cache{bits=8,keys=channel}"
+    first, second = (PassManager(spec).run(p) for p in (prompt, step))
+    told = [str(d["message"]) for d in first.history[-1].diagnostics]
+    assert sum("convert it by stored_inputs" in text for text in told) == 4
+    assert not first.history[-1].changed
+    cache = first.run(input_ids=ids, use_cache=True).past_key_values
+    token = torch.randint(0, 60, (2, 1))
+    inputs = {"input_ids": token, "past_key_values": cache}
+    _, stored = stored_inputs(second, (), inputs)
+    with torch.no_grad():
+        found = second.run(**stored).logits
+        wanted = model(token, past_key_values=_cache(model, ids)).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_rows_that_are_keys_and_values_are_stored_as_each() -> None:
+    class Shared(nn.Module):
+        def forward(
+            self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            new = 2 * x
+            keys, values = torch.cat([keys, new], 2), torch.cat([values, new], 2)
+            return F.scaled_dot_product_attention(x, keys, values), keys, values
+
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(1, 2, n, 16) + 3 for n in (1, 5, 5))
+    program = capture(Shared(), inputs)
+    after = PassManager("quantize-cache{keys=channel}").run(program)
+    args, _ = stored_inputs(after, inputs, {})
+    found, wanted = after.run(*args)[0], program.run(*inputs)[0]
+    # Half of a 127th of what a row spans, and as much again of the keys.
+    assert float((found - wanted).abs().max()) < 2 * float(wanted.abs().max()) / 127
+
+
+def test_without_attention_there_are_no_keys() -> None:
+    class Summing(nn.Module):
+        def forward(self, past: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            joined = torch.cat([past, 2 * new], 2)
+            return joined.sum(2), joined
+
+    rows = (torch.randn(1, 2, 4, 16), torch.randn(1, 2, 1, 16))
+    after = PassManager("quantize-cache{keys=channel}").run(capture(Summing(), rows))
+    assert after.history[-1].statistics["keys_by_channel"] == 0
+    assert any("no cache holds keys" in str(d["message"]) for d in after.history[-1].diagnostics)
 
 
 # -- what cannot be ------------------------------------------------------------------------------

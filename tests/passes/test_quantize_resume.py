@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from tests.passes.test_quantize import tied
 from torchlathe import PassManager
-from torchlathe.ir import Error
+from torchlathe.ir import Error, Program
 
 SPEC = 'quantize{{scheme=w4a16,group=32,method=gptq,checkpoint="{}"}}'
 
@@ -35,6 +36,33 @@ def test_finished_layers_are_not_swept_again(tmp_path: Path) -> None:
     # Other data are another run.
     third = PassManager(spec, verify=False).run(program, calibration=data[:2])
     assert third.history[-1].statistics["resumed"] == 0
+
+
+def test_layers_of_a_run_that_began_otherwise_are_not_taken(tmp_path: Path) -> None:
+    _, program, data = tied()
+    spec = SPEC.format(tmp_path)
+
+    def resumed(change: Callable[[Program], None]) -> tuple[float, Program]:
+        other = program.copy()
+        change(other)
+        after = PassManager(spec, verify=False).run(other, calibration=data)
+        return after.history[-1].statistics["resumed"], after
+
+    def move(name: str) -> Callable[[Program], None]:
+        def run(other: Program) -> None:
+            with other.edit(by="a test") as edit:
+                edit.set_tensor(name, other.tensor(name).detach() * 1.5)
+
+        return run
+
+    _, first = resumed(lambda _: None)
+    swept = [row["layer"] for row in first.history[-1].details["quantised"]]
+    norm = next(n for n, e in program.entries.items() if "norm" in n and e.tensor.dim() == 1)
+    # Of layers only those before the one that moved; a norm is before any.
+    for number in (0, 3, 6):
+        assert resumed(move(swept[number]))[0] == number
+    assert resumed(move(norm))[0] == 0
+    assert resumed(lambda _: None)[0] == 7
 
 
 def test_a_broken_file_is_an_error(tmp_path: Path) -> None:

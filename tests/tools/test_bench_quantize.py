@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torchlathe.tools.bench import bench_quantize, quantize_page
+import torch
+
+from torchlathe.tools.bench import bench_cache, bench_quantize, quantize_page
+from torchlathe.tools.bench.minilm import without_padding
 
 
 def _row(name: str, divergence: float, **more: Any) -> dict[str, Any]:
@@ -38,9 +41,29 @@ def test_rows_are_replaced_and_those_of_absent_peers_kept() -> None:
     assert [row["divergence"] for row in rows] == [3.0, 2.0]
     assert bench_quantize._whole(rows[0])
     assert not bench_quantize._whole({"contestant": "x", "perplexity": 4.0})
+    rows += [_row("w4a16, gptq", 1.0), _row("llm-compressor w4a16, gptq", 1.0)]
+    names = {"a", "torchao b", "w4a16, gptq", "llm-compressor w4a16, gptq"}
+    assert bench_quantize._done(rows, []) == names
+    assert bench_quantize._done(rows, ["gptq", "awq"]) == names - {"w4a16, gptq"}
+
+
+def test_batches_without_padding_hold_every_sentence_once() -> None:
+    def tokenizer(sentences: list[str]) -> dict[str, Any]:
+        longest = max(len(sentence) for sentence in sentences)
+        return {"input_ids": torch.zeros(len(sentences), longest), "of": sentences}
+
+    sentences = ["aa", "b", "cc", "ddd", "e"]
+    batches = without_padding(tokenizer, sentences)
+    assert [batch["of"] for batch in batches] == [["b", "e"], ["aa", "cc"], ["ddd"]]
 
 
 def test_the_page_is_what_the_results_say() -> None:
     result = json.loads(bench_quantize.RESULTS.read_text(encoding="utf-8"))
     page = quantize_page.PAGE.read_text(encoding="utf-8")
     assert page.endswith(quantize_page.measured(result))
+
+
+def test_the_page_of_caches_is_what_the_results_say() -> None:
+    result = json.loads(bench_cache.RESULTS.read_text(encoding="utf-8"))
+    page = bench_cache.PAGE.read_text(encoding="utf-8")
+    assert page.endswith(bench_cache.measured(result))

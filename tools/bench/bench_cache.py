@@ -2,7 +2,8 @@
 
 The model is the small language model that is trained on Python's documentation. Keys and values of
 the first half of each excerpt are kept in few bits, and so are those of the second, which are read
-in one step. Quality alone: nothing here is timed.
+in one step. Quality alone: nothing here is timed. Writes ``results/quantize_cache.json`` and the
+measured part of ``docs/quantize_cache.md``.
 """
 
 from __future__ import annotations
@@ -21,16 +22,30 @@ from torch import nn
 from torchlathe import PassManager, capture
 from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
-__all__ = ["main"]
+__all__ = ["PAGE", "RESULTS", "main", "measured"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "quantize_cache.json"
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "quantize_cache.md"
+_BATCHES: Final = 6
+_HEAD: Final = """\
+## Measured
+
+<!-- From here on written by `python -m torchlathe.tools.bench.bench_cache`; do not edit. -->
+
+Perplexity per character of a Llama of four layers on the second half of {excerpts} excerpts that it
+was not trained on, given the keys and values of the first, both in few bits; heads of {channels}
+channels. *Error* is that of the outputs, relative and squared.
+"""
 _SPECS: Final = {
     "as it is": "",
     "8 bits": "quantize-cache",
     "4 bits": "quantize-cache{bits=4}",
     "4 bits, not rotated": "quantize-cache{bits=4,rotate=false}",
     "4 bits, groups of 16": "quantize-cache{bits=4,group=16}",
+    "4 bits, keys by channel": "quantize-cache{bits=4,keys=channel}",
+    "4 bits, keys by channel, not rotated": "quantize-cache{bits=4,rotate=false,keys=channel}",
 }
 
 
@@ -53,7 +68,7 @@ class _Half(nn.Module):
         return found.logits, [x.keys for x in layers] + [x.values for x in layers]
 
 
-def measure(console: Console, batches: int = 6) -> list[dict[str, Any]]:
+def measure(console: Console, batches: int = _BATCHES) -> list[dict[str, Any]]:
     """A row for each form of the cache."""
     from torchlathe.passes.rewrite.quantising.quantize_cache import stored_inputs
     from torchlathe.tools.bench.character_model import batches as excerpts
@@ -93,6 +108,26 @@ def measure(console: Console, batches: int = 6) -> list[dict[str, Any]]:
     return found
 
 
+def measured(result: dict[str, Any]) -> str:
+    """The table as text.
+
+    Args:
+        result: The content of the result file.
+    """
+    rows = result["rows"]
+    head = _HEAD.format(excerpts=16 * _BATCHES, channels=rows[0]["channels"])
+    table = [
+        [
+            row["contestant"],
+            f"{row['bits']:g}",
+            f"{row['perplexity']:.3f}",
+            f"{row['output_error']:.2g}",
+        ]
+        for row in rows
+    ]
+    return head + "\n" + markdown_table(["cache", "bits a number", "perplexity", "error"], table)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure all forms.
 
@@ -108,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure(Console())
     data = {"machine": machine(), "rows": rows}
     write_text(options.output, json.dumps(data, indent=1) + "\n")
-    return 0
+    return rewrite_measured(PAGE, measured(data)) if options.output == RESULTS else 0
 
 
 if __name__ == "__main__":

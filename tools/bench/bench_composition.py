@@ -148,12 +148,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after that")
+    parser.add_argument(
+        "--again", nargs="+", choices=list(PIPELINES), default=[], help="ways to measure again"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args(argv)
     torch.set_num_threads(1)
     start = time.monotonic()
     result = json.loads(parsed.out.read_text()) if parsed.out.is_file() else {}
-    kept = list(result.get("rows", ()))
+    old = result.get("rows", ())
+    kept = [r for r in old if r["model"] not in parsed.models or r["way"] not in parsed.again]
     for name in parsed.models:
         for row in rows(name, parsed.budgets, list(kept), Console()):
             kept.append(row)

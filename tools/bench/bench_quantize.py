@@ -28,6 +28,7 @@ from torchlathe.backends import CompiledModel, get_backend
 from torchlathe.ir.files import write_text
 from torchlathe.passes import FuseKernels, PassManager
 from torchlathe.tools.bench.machine import machine
+from torchlathe.tools.bench.minilm import without_padding
 from torchlathe.tools.bench.quantize_peers import LlmCompressor, torchao_rows
 
 __all__ = ["main"]
@@ -76,10 +77,10 @@ def minilm(
     sentences = documentation_sentences()
     random.Random(0).shuffle(sentences)
     test, seen = sentences[:96], sorted(sentences[96:224], key=len)
-    batches = [tokenizer(seen[i : i + 32]) for i in range(0, len(seen), 32)]
+    batches = without_padding(tokenizer, seen)
     axes = {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("sequence", max=512)}
     shapes = dict.fromkeys(("input_ids", "attention_mask"), axes)
-    program = capture(encoder, (), dict(batches[0]), dynamic_shapes=shapes)
+    program = capture(encoder, (), dict(tokenizer(seen[:32])), dynamic_shapes=shapes)
     before = embed(encoder, tokenizer, test)
 
     def score(model: Callable[..., Any]) -> dict[str, float]:
@@ -205,17 +206,19 @@ def speeds(
         tokens = torch.randint(0, config.vocab_size, (batch, length))
         calls: dict[str, Callable[[], Any]] = {}
         outputs = {}
-        for name, spec, dtype in (
-            ("fp32", "", torch.float32),
-            ("bf16", "", torch.bfloat16),
-            ("w8a8, fp32 between", "quantize", torch.float32),
-            ("w8a8, bf16 between", "quantize", torch.bfloat16),
+        # What torch.compile makes of the model, with its weights as constants as ours are.
+        plain, ours = "inductor{freezing=true,short-attention=0}", "inductor{freezing=true}"
+        for name, spec, dtype, backend in (
+            ("fp32", "", torch.float32, plain),
+            ("bf16", "", torch.bfloat16, plain),
+            ("w8a8, fp32 between", "quantize", torch.float32, ours),
+            ("w8a8, bf16 between", "quantize", torch.bfloat16, ours),
         ):
             program = capture(Encoder(deepcopy(model).to(dtype)), (tokens,))
             if spec:
                 fuse = FuseKernels(runtime="inductor")
                 program = PassManager([spec, fuse], verify=False).run(program)
-            compiled = CompiledModel(program, get_backend("inductor"))
+            compiled = CompiledModel(program, get_backend(backend))
             start = time.perf_counter()
             with torch.no_grad():
                 outputs[name] = compiled(tokens).float()
@@ -268,6 +271,16 @@ def _instructions() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()} {' '.join(flags)}"
 
 
+def _done(rows: list[dict[str, Any]], again: list[str]) -> set[str]:
+    """Names of rows that are kept; those of peers always are."""
+
+    def kept(name: str) -> bool:
+        peer = name.startswith(("llm-compressor", "torchao"))
+        return peer or not any(part in name for part in again)
+
+    return {row["contestant"] for row in rows if _whole(row) and kept(row["contestant"])}
+
+
 def _whole(row: dict[str, Any]) -> bool:
     """Whether a row has all that rows have now."""
     return "perplexity" not in row or "divergence" in row
@@ -287,6 +300,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=("minilm", "characters", "speeds"))
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument(
+        "--again", nargs="+", default=[], help="with --resume: parts of names to measure again"
+    )
     parser.add_argument("--layers", type=int, default=12, help="of the timed encoder")
     parser.add_argument("--sizes", nargs="+", default=["1x128", "8x128"], help="batch x tokens")
     parser.add_argument(
@@ -311,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     for part in parsed.only or ("minilm", "characters", "speeds"):
         rows = result.setdefault(part, [])
-        done = {r["contestant"] for r in rows if part != "speeds" and parsed.resume and _whole(r)}
+        done = _done(rows, parsed.again) if part != "speeds" and parsed.resume else set()
         measure = minilm if part == "minilm" else characters
         fresh = (
             speeds(console, parsed.layers, sizes, parsed.seconds)

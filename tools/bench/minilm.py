@@ -11,7 +11,16 @@ import torch
 import torchlathe as tl
 from torchlathe.ir import Program
 
-__all__ = ["encoder_task"]
+__all__ = ["encoder_task", "without_padding"]
+
+
+def without_padding(tokenizer: Callable[[list[str]], Any], sentences: list[str]) -> list[Any]:
+    """Sentences in batches of equal length, so that no token is there to fill a batch up."""
+    batches: dict[int, list[str]] = {}
+    for sentence in sentences:
+        length = tokenizer([sentence])["input_ids"].shape[1]
+        batches.setdefault(length, []).append(sentence)
+    return [tokenizer(batches[length]) for length in sorted(batches)]
 
 
 def encoder_task(seen: int) -> tuple[Program, list[Any], Callable[[Callable[..., Any]], float]]:

@@ -17,7 +17,7 @@ from torch import fx
 from torchlathe.ir import Program
 from torchlathe.ir.provenance import info
 
-__all__ = ["Cache", "find_caches", "output_paths", "rows_of"]
+__all__ = ["Cache", "find_caches", "holds_keys", "output_paths", "rows_of", "token_axis"]
 
 aten = torch.ops.aten
 
@@ -34,6 +34,14 @@ _MOVES: dict[Any, tuple[int, ...]] = {
     aten.slice.Tensor: (0,),
     aten.index_select.default: (0,),
 }
+
+# Ops that put new rows to those before, by the place of the argument that says along which axis.
+_JOINS: dict[Any, int] = {
+    aten.cat.default: 1,
+    aten.index_copy.default: 1,
+    aten.slice_scatter.default: 2,
+}
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +163,53 @@ def _from_input(node: fx.Node) -> bool:
             return False
         node = parts[0]
     return node.op == "placeholder" and info(node).tensor is None and _is_rows(node)
+
+
+def token_axis(cache: Cache) -> int:
+    """The axis along which new rows are joined."""
+    for step in cache.steps:
+        if step.target is aten.index_put.default:
+            indices: Any = step.args[1]
+            return max(i for i, index in enumerate(indices) if index is not None)
+        place = _JOINS.get(step.target)
+        axis = None if place is None else _axis(step, place)
+        if axis is not None:
+            return axis
+    return 2
+
+
+def holds_keys(cache: Cache) -> bool:
+    """Whether queries are compared with the rows, rather than the rows summed up."""
+    seen = {*cache.steps, *([] if cache.past is None else [cache.past])}
+    todo = list(seen)
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            second = len(user.args) > 1 and user.args[1] is node
+            if user.target is aten.scaled_dot_product_attention.default:
+                if second:
+                    return True
+            elif user.target in _PRODUCTS:
+                if second and not _is_share(user.args[0]):
+                    return True
+            # How many rows there are goes into much else.
+            elif user not in seen and isinstance(user.meta.get("val"), torch.Tensor):
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _is_share(node: Any) -> bool:
+    """Whether a value comes out of a softmax, with no product after it."""
+    seen, todo = {node}, [node]
+    while todo:
+        part = todo.pop()
+        if "softmax" in str(part.target):
+            return True
+        if part.target not in _PRODUCTS:
+            todo += [each for each in part.all_input_nodes if each not in seen]
+            seen |= set(part.all_input_nodes)
+    return False
 
 
 def rows_of(node: fx.Node) -> list[fx.Node]:

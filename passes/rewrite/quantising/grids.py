@@ -29,7 +29,17 @@ from torchlathe.kernels.dequantize.formats import (
 )
 from torchlathe.kernels.dequantize.op import meaning
 
-__all__ = ["Clip", "Grid", "Quantised", "blank", "fit_grid", "quantised", "stacked", "total_of"]
+__all__ = [
+    "Clip",
+    "Grid",
+    "Quantised",
+    "blank",
+    "fit_grid",
+    "joined",
+    "quantised",
+    "stacked",
+    "total_of",
+]
 
 Clip = Literal["none", "mse"]
 
@@ -122,6 +132,11 @@ class Grid:
         scales, zeros = self._of(columns)
         return decode(codes, self.form, zeros, scales.dtype) * scales
 
+    def rows(self, which: slice) -> Grid:
+        """The grid of some rows."""
+        zeros = None if self.zeros is None else self.zeros[which]
+        return replace(self, scales=self.scales[which], zeros=zeros, stored=self.stored[which])
+
     def quantised(self, codes: Tensor) -> Quantised:
         """The stored form of all codes, (rows, columns)."""
         zeros = self.zeros
@@ -206,15 +221,18 @@ def fit_grid(
     whole = weight.detach()
     fitted = _Fit.of(whole, format, group, symmetric, clip, importance, total)
     grids = [fitted.grid(rows) for rows in fitted.blocks(whole)]
+    return joined(grids)
+
+
+def joined(grids: Sequence[Grid]) -> Grid:
+    """Grids of matrices that lie below each other, with the same columns and groups."""
     first = grids[0]
-    zeros = (
-        None if first.zeros is None else torch.cat([g.zeros for g in grids if g.zeros is not None])
-    )
+    zeros = [grid.zeros for grid in grids if grid.zeros is not None]
     return replace(
         first,
         scales=torch.cat([grid.scales for grid in grids]),
         stored=torch.cat([grid.stored for grid in grids]),
-        zeros=zeros,
+        zeros=torch.cat(zeros) if zeros else None,
     )
 
 
@@ -272,7 +290,7 @@ class _Fit:
 
     def grid(self, rows: Tensor) -> Grid:
         """The grid of some rows."""
-        parts = _grouped(rows.to(self.dtype), self.group)
+        parts = grouped(rows.to(self.dtype), self.group)
         choices = _choices(parts, self.form, symmetric=self.symmetric or not self.form.integer)
         chosen = choices[0] if len(choices) == 1 and self.clip == "none" else None
         if chosen is None:
@@ -285,7 +303,7 @@ class _Fit:
         counts = torch.ones(self.columns, dtype=self.dtype, device=parts.device)
         if self.importance is not None and self.clip == "mse":
             counts = self.importance.to(counts)
-        weights = _grouped(counts[None], self.group)
+        weights = grouped(counts[None], self.group)
         best = torch.full(parts.shape[:2], torch.inf, dtype=self.dtype, device=parts.device)
         chosen = choices[0]
         tried = list(choices)
@@ -376,7 +394,7 @@ def _choices(parts: Tensor, form: Format, *, symmetric: bool) -> list[_Range]:
     return [plain, _Range(most, torch.where(high > -low, -step, step))]
 
 
-def _grouped(matrix: Tensor, group: int) -> Tensor:
+def grouped(matrix: Tensor, group: int) -> Tensor:
     """(rows, groups, columns of a group); the last is filled up with zeros."""
     if group == 0:
         return matrix[:, None]
@@ -402,11 +420,11 @@ def stacked(parts: list[Quantised]) -> Quantised:
     """Several matrices of one form below each other."""
     first = parts[0]
 
-    def joined(name: str) -> Tensor | None:
+    def part_of(name: str) -> Tensor | None:
         found = [getattr(part, name) for part in parts]
         return None if found[0] is None else torch.cat(found)
 
-    values, scales = joined("values"), joined("scales")
+    values, scales = part_of("values"), part_of("scales")
     assert values is not None
     assert scales is not None
-    return replace(first, values=values, scales=scales, zeros=joined("zeros"))
+    return replace(first, values=values, scales=scales, zeros=part_of("zeros"))

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torchlathe.ir import Edit, OptionError, Program
 from torchlathe.ir.interpreting import run_flat
+from torchlathe.ir.provenance import info
 from torchlathe.ir.verifying import cannot_run
 from torchlathe.kernels.dequantize.cache import (
     dequantize_cache,
@@ -20,8 +21,14 @@ from torchlathe.kernels.dequantize.cache import (
     row_bytes,
 )
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
-from torchlathe.passes.rewrite.quantising.caches import Cache, find_caches, rows_of
-from torchlathe.passes.statistics.running import flat_batches
+from torchlathe.passes.rewrite.quantising.caches import (
+    Cache,
+    find_caches,
+    holds_keys,
+    rows_of,
+    token_axis,
+)
+from torchlathe.passes.statistics.running import flat_batches, need_data
 
 __all__ = ["QuantizeCache", "stored_inputs"]
 
@@ -66,6 +73,13 @@ class QuantizeCache(RewritePass):
             "channels over all; by default with 4 bits"
         },
     )
+    keys: Literal["token", "channel"] = field(
+        default="token",
+        metadata={
+            "help": "whether each channel of keys has a zero point of its own besides, its mean on "
+            "the calibration data"
+        },
+    )
 
     def __post_init__(self) -> None:
         """Refuse impossible options.
@@ -85,26 +99,24 @@ class QuantizeCache(RewritePass):
         """Rewrite every cache."""
         caches, left = self._caches(program)
         if not caches:
-            text = "no input of four axes comes back as an output with new rows joined to it"
-            return PassResult(False, {"caches": 0}, [Diagnostic("warning", text), *left])
-        told, sizes = [], [0.0, 0.0]
-        for cache in caches:
-            old = cache.columns * cache.dtype.itemsize
-            new = row_bytes(cache.columns, self.bits, self.group)
-            sizes = [sizes[0] + old / len(caches), sizes[1] + new / len(caches)]
-            text = f"{new} bytes for a head and token, from {old}"
-            told.append(Diagnostic("note", text, name=cache.name))
+            return PassResult(False, {"caches": 0}, left)
+        keys = [cache for cache in caches if self.keys == "channel" and holds_keys(cache)]
+        if self.keys == "channel" and not keys:
+            text = "no cache holds keys: nothing compares queries with its rows"
+            left.append(Diagnostic("warning", text))
         before = program.copy()
+        middles = _middles(program, ctx, keys)
         with program.edit(by=ctx.spec) as edit:
             writer = _Writer(edit, self.bits, self.group, self._rotates)
+            for number, (cache, found) in enumerate(middles.items()):
+                writer.add_middles(cache, f"key_middles_{number}", found)
             for cache in caches:
                 writer.rewrite(cache)
         # The structure stays, so that what is stored can stand in the place of what was given.
         program.example_inputs = stored_inputs(program, *before.example_inputs)
-        statistics: dict[str, int | float | str] = {
-            "caches": len(caches),
-            "bytes_of_a_row_before": sizes[0],
-            "bytes_of_a_row": sizes[1],
+        statistics, told = self._told(caches)
+        statistics |= {
+            "keys_by_channel": len(keys),
             "bytes_of_inputs_before": _nbytes(before),
             "bytes_of_inputs": _nbytes(program),
         }
@@ -113,18 +125,61 @@ class QuantizeCache(RewritePass):
             statistics["output_error"] = _error(before, program, ctx, places)
         return PassResult(True, statistics, [*told, *left])
 
+    def _told(
+        self, caches: Sequence[Cache]
+    ) -> tuple[dict[str, int | float | str], list[Diagnostic]]:
+        """Bytes of a row, on average and of each cache."""
+        told, sizes = [], [0.0, 0.0]
+        for cache in caches:
+            old = cache.columns * cache.dtype.itemsize
+            new = row_bytes(cache.columns, self.bits, self.group)
+            sizes = [sizes[0] + old / len(caches), sizes[1] + new / len(caches)]
+            text = f"{new} bytes for a head and token, from {old}"
+            told.append(Diagnostic("note", text, name=cache.name))
+        names = ("bytes_of_a_row_before", "bytes_of_a_row")
+        return {"caches": len(caches), **dict(zip(names, sizes, strict=True))}, told
+
     def _caches(self, program: Program) -> tuple[list[Cache], list[Diagnostic]]:
+        """Those that can be stored, and why others cannot."""
+        found = find_caches(program)
+        if not found:
+            text = "no input of four axes comes back as an output with new rows joined to it"
+            return [], [Diagnostic("warning", text)]
         caches, left = [], []
-        for cache in find_caches(program):
+        for cache in found:
             try:
                 row_bytes(cache.columns, self.bits, self.group)
             except OptionError as error:
-                left.append(
-                    Diagnostic("warning", f"left as it is: {error.message}", name=cache.name)
-                )
+                reason = error.message
             else:
-                caches.append(cache)
+                if self.keys == "token" or cache.past is not None:
+                    caches.append(cache)
+                    continue
+                reason = (
+                    "zero points of channels are those of the program that reads the cache; "
+                    "convert it by stored_inputs of that one, or let that begin with an empty cache"
+                )
+            left.append(Diagnostic("warning", f"left as it is: {reason}", name=cache.name))
         return caches, left
+
+
+def _middles(program: Program, ctx: PassContext, keys: Sequence[Cache]) -> dict[Cache, Tensor]:
+    """Means of channels over all tokens, as they go with rows."""
+    if not keys:
+        return {}
+    need_data(ctx, "zero points of the keys' channels are their means on it")
+    sums: dict[Cache, Tensor] = {}
+    counts = dict.fromkeys(keys, 0)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for _, flat in flat_batches(program, ctx):
+            outputs = run_flat(program, flat)
+            for cache in keys:
+                axes = (0, token_axis(cache))
+                rows = outputs[cache.place].to(torch.float32)
+                found = rows.sum(axes, keepdim=True)
+                sums[cache] = found if cache not in sums else sums[cache] + found
+                counts[cache] += rows.shape[axes[0]] * rows.shape[axes[1]]
+    return {cache: found / max(counts[cache], 1) for cache, found in sums.items()}
 
 
 class _Writer:
@@ -135,13 +190,20 @@ class _Writer:
         self.rest = (bits, group, rotate)
         self._bits, self._group = bits, group
         self._rows: dict[fx.Node, fx.Node] = {}
+        self._new: dict[tuple[fx.Node, tuple[fx.Node, ...]], fx.Node] = {}
+        self._middles: dict[Cache, fx.Node] = {}
         self._place = {node: i for i, node in enumerate(edit.program.graph.nodes)}
+
+    def add_middles(self, cache: Cache, name: str, middles: Tensor) -> None:
+        """Take something off the rows of a cache before they are stored."""
+        self._middles[cache] = self.edit.add_tensor(name, middles)
+        self.edit.program.rewritten |= {name}
 
     def rewrite(self, cache: Cache) -> None:
         """One cache, from its input to its output."""
         output = self.edit.program.output_node
         if cache.past is None:
-            self._stored(cache.steps[0], None)
+            self._rows[cache.steps[0]] = self._stored(cache, cache.steps[0], None)
         elif cache.past not in self._rows:
             self._input(cache, cache.past)
             for step in cache.steps:
@@ -152,7 +214,10 @@ class _Writer:
 
     def _input(self, cache: Cache, past: fx.Node) -> None:
         value = past.meta["val"]
-        readers = [user for user in past.users if user not in cache.steps]
+        # Bytes have as many rows as what they stand for.
+        readers = [
+            user for user in past.users if user not in cache.steps and not _counts_rows(user)
+        ]
         self._rows[past] = past
         if readers:
             first = min(readers, key=self._place.__getitem__)
@@ -166,13 +231,13 @@ class _Writer:
         """The same move of bytes; whoever else reads its rows reads what they stand for."""
 
         def moved(node: fx.Node) -> fx.Node:
-            return self._stored(node, step) if node in wanted else node
+            return self._stored(cache, node, step) if node in wanted else node
 
         wanted = rows_of(step)
         if step.target is aten.cat.default:
             parts: Any = step.args[0]
             # An empty tensor of another type would decide that of the result.
-            joined = [self._stored(part, step) for part in parts if part in wanted]
+            joined = [self._stored(cache, part, step) for part in parts if part in wanted]
             args: tuple[Any, ...] = (joined, *step.args[1:])
         else:
             joined = []
@@ -183,22 +248,36 @@ class _Writer:
         )  # fmt: skip
         self._rows[step] = new
         users = [user for user in step.users if user not in cache.steps and user is not output]
-        if users:
-            self._read(cache, step, new, users, step)
+        if counts := [user for user in users if _counts_rows(user)]:
+            self.edit.replace(step, new, counts)
+        if readers := [user for user in users if not _counts_rows(user)]:
+            self._read(cache, step, new, readers, step)
 
     def _read(
         self, cache: Cache, old: fx.Node, rows: fx.Node, users: list[fx.Node], before: fx.Node
     ) -> None:
-        args = (rows, cache.columns, *self.rest, cache.dtype)
+        args = (rows, cache.columns, *self.rest, cache.dtype, *self._own(cache))
         like = before if old.op == "placeholder" else old
         self.edit.replace(old, self.edit.call(DEQUANTIZE, args, like=like, before=before), users)
 
-    def _stored(self, node: fx.Node, before: fx.Node | None) -> fx.Node:
-        """The bytes of new rows, made once."""
-        if node not in self._rows:
-            args = (node, *self.rest)
-            self._rows[node] = self.edit.call(QUANTIZE, args, like=node, before=before)
-        return self._rows[node]
+    def _own(self, cache: Cache) -> tuple[fx.Node, ...]:
+        """The last argument of both ops, if there is one."""
+        return (self._middles[cache],) if cache in self._middles else ()
+
+    def _stored(self, cache: Cache, node: fx.Node, before: fx.Node | None) -> fx.Node:
+        """The bytes of rows; those of new ones are made once for all caches of one form."""
+        if node in self._rows:
+            return self._rows[node]
+        own = self._own(cache)
+        if (node, own) not in self._new:
+            args = (node, *self.rest, *own)
+            self._new[node, own] = self.edit.call(QUANTIZE, args, like=node, before=before)
+        return self._new[node, own]
+
+
+def _counts_rows(user: fx.Node) -> bool:
+    """Whether a reader of rows wants to know how many there are, and nothing else."""
+    return user.target is aten.sym_size.int and user.args[1] not in (3, -1)
 
 
 def stored_inputs(
@@ -228,14 +307,15 @@ def stored_inputs(
 
 
 def _forms(program: Program) -> dict[fx.Node, tuple[Any, ...]]:
-    """Bits, groups and rotation of every input that holds rows of bytes."""
+    """All but the rows that every input that holds bytes is written with."""
     found: dict[fx.Node, tuple[Any, ...]] = {}
     for node in program.graph.find_nodes(op="call_function", target=DEQUANTIZE):
         todo = [node.args[0]]
         while todo:
             rows: Any = todo.pop()
             if rows.op == "placeholder":
-                found[rows] = node.args[2:5]
+                own = [program.tensor(str(info(part).tensor)) for part in node.args[6:]]
+                found[rows] = (*node.args[2:5], *own)
             else:
                 todo += [part for part in rows.all_input_nodes if part.target is not QUANTIZE]
     return found

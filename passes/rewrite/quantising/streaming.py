@@ -19,17 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchlathe.ir import ArtifactError, Edit
+from torchlathe.ir import ArtifactError, Edit, Program
 from torchlathe.ir.files import atomic
 from torchlathe.ir.memory import give_back
 from torchlathe.passes.base import Diagnostic, PassContext
 from torchlathe.passes.rewrite.quantising.grids import (
     Clip,
+    Grid,
     Quantised,
     fit_grid,
+    joined,
     stacked,
     total_of,
 )
+from torchlathe.passes.rewrite.quantising.refitting import best_rows
 from torchlathe.passes.rewrite.quantising.rounding import Rounding
 from torchlathe.passes.rewrite.quantising.schemes import Scheme
 from torchlathe.passes.rewrite.quantising.writing import DEQUANTIZE, Written, matrix_of, rewrite
@@ -46,12 +49,12 @@ from torchlathe.passes.statistics import Reader
 from torchlathe.passes.statistics.arriving import arrivals
 from torchlathe.passes.statistics.routed import Routed
 from torchlathe.passes.statistics.running import flat_batches
-from torchlathe.passes.statistics.saving import batch_digest
+from torchlathe.passes.statistics.saving import batch_digest, state_key
 
 __all__ = ["Gptq", "Job", "Outcome", "stream"]
 
 # Of the files of a checkpoint; those of another form are not looked for.
-_FORM = 2
+_FORM = 3
 # An expert with fewer rows than this share of its columns is rounded to nearest: what its rows do
 # not show, the sweep would spoil. Where the spectrum of the data falls as 1/k, held-out errors are
 # below those of rounding to nearest from a sixteenth on; where it is flat, only past four times.
@@ -140,7 +143,7 @@ def stream(edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq) -> dict
         digest = batch_digest(digest, batch) if how.checkpoint else ""
     place = {node: i for i, node in enumerate(edit.program.graph.nodes)}
     ordered = sorted(jobs, key=lambda job: place[job.written.calls[0]])
-    files = {job: _file(how, number, job, digest) for number, job in enumerate(ordered)}
+    files = _files(edit.program, how, ordered, digest)
     found: dict[str, Outcome] = {}
     todo: dict[Reader | Routed, Job] = {}
     for job, file in files.items():
@@ -239,43 +242,71 @@ def _one(
     sweeps: bool,
 ) -> tuple[Quantised, tuple[float, float, float], float]:
     """One matrix, its errors as `Outcome` has them, and the damping."""
-    form = job.scheme
     counts = moment.diagonal()
-    grid = fit_grid(
+    grids = _grids(
         weight,
-        form.weights,
-        group=form.group,
-        symmetric=form.symmetric,
-        clip=how.clip,
-        importance=counts + damping * counts.mean() if sweeps else None,
-        total=total,
+        job.scheme,
+        ("mse", "none") if sweeps and how.clip == "mse" else (how.clip,),
+        counts + damping * counts.mean() if sweeps else None,
+        total,
     )
+    grid = grids[0]
     matrix = weight.to(grid.scales.dtype)
-    order, masking, plain = _zeros(job, matrix, moment, how)
+    order, masking, plain = _zeros(job, matrix, moment, how, len(grids))
     codes = grid.codes(matrix.masked_fill(~plain, 0))
     before = after = relative_error(matrix, grid.decoded(codes), moment)
     if sweeps:
         # What rounding to nearest was computed in need not stand beside the factor of the moment.
         give_back()
-        rounding = Rounding(grid, masking)
-        swept = sweep(matrix, moment, rounding, damping=damping, order=order)
-        damping = swept.damping
-        found = relative_error(matrix, swept.weight, moment)
+        # All in one sweep: rows do not see each other, and the factor is most of the work.
+        rounding, below = Rounding(joined(grids), masking), matrix.repeat(len(grids), 1)
+        damping = sweep(below, moment, rounding, damping=damping, order=order).damping
+        del below
+        best = best_rows(grids, rounding.codes, matrix, moment, damping)
         # Damping is against the moment: where it wins, rounding to nearest may be better.
-        if found <= before:
-            codes, after = rounding.codes, found
+        if (error := relative_error(matrix, best.grid.decoded(best.codes), moment)) <= before:
+            grid, codes, after = best.grid, best.codes, error
     lost = relative_error(matrix, grid.decoded(codes))
     return grid.quantised(codes), (before, after, lost), damping
 
 
+def _grids(
+    weight: Tensor,
+    scheme: Scheme,
+    clips: Sequence[Clip],
+    importance: Tensor | None,
+    total: Tensor | None,
+) -> list[Grid]:
+    """What a matrix may be rounded to; by the first it is rounded to nearest.
+
+    Ranges that are cut are best for weights that stay where they are. In a sweep those that are
+    still to come move, by more than what is cut: for most rows the whole range is better then.
+    """
+    return [
+        fit_grid(
+            weight,
+            scheme.weights,
+            group=scheme.group,
+            symmetric=scheme.symmetric,
+            clip=clip,
+            importance=importance,
+            total=total,
+        )
+        for clip in clips
+    ]
+
+
 def _zeros(
-    job: Job, matrix: Tensor, moment: Tensor, how: Gptq
+    job: Job, matrix: Tensor, moment: Tensor, how: Gptq, times: int
 ) -> tuple[Tensor | None, Masking | None, Tensor]:
-    """The order of the columns, how zeros come about in the sweep, and a mask without a sweep."""
-    shape = (matrix.shape[0], matrix.shape[1])
+    """The order of the columns, how zeros come about in the sweep, and a mask without a sweep.
+
+    The sweep is of the matrix several times below itself.
+    """
+    shape = (times * matrix.shape[0], matrix.shape[1])
     kept = matrix != 0
     site = job.written.site
-    if how.pattern is not None and how.pattern.why_not(shape[0], site.channels) is None:
+    if how.pattern is not None and how.pattern.why_not(len(matrix), site.channels) is None:
         # Neighbours stand next to each other in the order of the sweep.
         near = site.channels_last(matrix.device)
         scores = (matrix.square() * moment.diagonal().clamp_min(0))[:, near]
@@ -283,20 +314,33 @@ def _zeros(
         return near, Masking(shape, pattern=how.pattern), plain
     order = order_by_activity(moment) if how.act_order else None
     # What is zero was made so, and stays.
-    return order, None if bool(kept.all()) else Masking(shape, mask=kept), kept
+    masking = None if bool(kept.all()) else Masking(shape, mask=kept.repeat(times, 1))
+    return order, masking, kept
 
 
 # -- checkpoints -----------------------------------------------------------------------------
 
 
-def _file(how: Gptq, number: int, job: Job, data: str) -> Path | None:
-    """The file of a layer, under a name that another layer, run or calibration does not have."""
+def _files(
+    program: Program, how: Gptq, ordered: Sequence[Job], data: str
+) -> dict[Job, Path | None]:
+    """The file of each layer, under a name that another layer, run or calibration does not have.
+
+    What a layer becomes depends on all that runs before it, so that its name does too: on what is
+    not swept, and on each layer that is swept first.
+    """
     if how.checkpoint is None:
-        return None
-    digest = hashlib.sha256(f"{_FORM}|{how.key}|{number}|{job.scheme}|{data}".encode())
-    flat = job.weight.cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return how.checkpoint / f"{number:04d}-{digest.hexdigest()[:24]}.safetensors"
+        return dict.fromkeys(ordered)
+    # The program has nothing but zeros for the layers yet; all else of it is as it will be.
+    key = state_key(program, [str(_FORM), how.key, data])
+    digest = hashlib.sha256(key.encode())
+    files: dict[Job, Path | None] = {}
+    for number, job in enumerate(ordered):
+        digest.update(f"|{job.scheme}|".encode())
+        flat = job.weight.cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        files[job] = how.checkpoint / f"{number:04d}-{digest.hexdigest()[:24]}.safetensors"
+    return files
 
 
 def _save(path: Path, stored: Quantised, outcome: Outcome) -> None:

@@ -127,7 +127,7 @@ def sweep(
     flipped, used = _factor(moment, order, damping)
     span = projection.span
     block = max(block // span, 1) * span if span else block
-    done = torch.empty_like(work)
+    done, places = torch.empty_like(work), order.tolist()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         rows = slice(columns - stop, columns - start)
@@ -139,14 +139,12 @@ def sweep(
                 own = order[start:stop][ahead]
                 projection.look(own, part[ahead].t(), here.diagonal()[ahead])
             new = projection.project(order[start + j : start + j + 1], part[j][:, None])[:, 0]
-            done[start + j] = new
+            done[places[start + j]] = new
             # From here on the row holds the error instead of the value.
             part[j].sub_(new).div_(here[j, j])
             part[j + 1 :].addr_(here[j, j + 1 :], part[j], alpha=-1)
         work[stop:].addmm_(flipped[rows, : columns - stop].flip(0, 1).t(), part, alpha=-1)
-    result = torch.empty_like(done)
-    result[order] = done
-    return Swept(result.t(), used)
+    return Swept(done.t(), used)
 
 
 def damping_of(moment: Tensor, rows: int, least: float) -> float:
