@@ -98,6 +98,7 @@ def compressed(
 
 
 def _onnxruntime_int8(program: Any, model: nn.Module) -> Callable[..., Any]:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from torchlathe.backends import CompiledModel
@@ -106,6 +107,10 @@ def _onnxruntime_int8(program: Any, model: nn.Module) -> Callable[..., Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         CompiledModel(program, "onnx", source=model, check=False).export(path)
+        # Shapes that the exporter wrote down contradict those of weights that are turned around.
+        found = onnx.load(str(path))
+        found.graph.ClearField("value_info")
+        onnx.save(found, str(path))
         quantised = path.with_name("int8.onnx")
         quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, per_channel=True)
         one = contestant(str(quantised), (), {}, dynamic=False, seed=0)
