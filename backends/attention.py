@@ -8,6 +8,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from torchlathe.ir.axes.rule import argument
+
 __all__ = ["SHORT", "write_out_attention"]
 
 aten = torch.ops.aten
@@ -53,16 +55,10 @@ def write_out_attention(module: fx.GraphModule, longest: int = SHORT) -> int:
     return count
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def _is_short(node: fx.Node, longest: int) -> bool:
-    given = _arguments(node)
-    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+    if any(argument(node, name) for name in ("dropout_p", "is_causal", "enable_gqa")):
         return False
-    query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
+    query, key, value = (argument(node, name).meta["val"] for name in ("query", "key", "value"))
     for tensor in (query, key, value):
         if tensor.ndim != 4 or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             return False
@@ -72,7 +68,7 @@ def _is_short(node: fx.Node, longest: int) -> bool:
             return False
     if query.shape[:3].numel() * key.shape[2] * query.itemsize > _MOST_BYTES:
         return False
-    if (mask := given.get("attn_mask")) is None:
+    if (mask := argument(node, "attn_mask")) is None:
         return True
     taken = mask.meta["val"]
     if taken.ndim == 4 and not (taken.shape[0] == 1 or taken.shape[0] == query.shape[0]):
@@ -81,11 +77,10 @@ def _is_short(node: fx.Node, longest: int) -> bool:
 
 
 def _written_out(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> fx.Node:
-    given = _arguments(node)
-    query, key, value = given["query"], given["key"], given["value"]
-    mask = given.get("attn_mask")
+    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    mask = argument(node, "attn_mask")
     (batch, heads, queries, width), keys = query.meta["val"].shape, key.meta["val"].shape[2]
-    scale = given.get("scale")
+    scale = argument(node, "scale")
     scale = 1 / math.sqrt(width) if scale is None else scale
     call = graph.call_function
     query = call(aten.mul.Tensor, (query, scale))

@@ -14,6 +14,7 @@ from torchlathe.backends.base import Capabilities, Configured, Lowerable
 from torchlathe.backends.exporting import Boundary, exported_program
 from torchlathe.backends.meanings import meaning_of
 from torchlathe.ir import BackendError, OptionError
+from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.files import atomic
 from torchlathe.ir.quiet import quiet_torch
 
@@ -101,10 +102,10 @@ def _apart(module: fx.GraphModule) -> None:
     """Variance and mean by an op each, as the core set of ATen has them."""
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=aten.var_mean.correction):
-        x, dims = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        keep = {"keepdim": node.kwargs.get("keepdim", False)}
+        x, dims = node.args[0], argument(node, "dim")
+        keep = {"keepdim": argument(node, "keepdim", False)}
         with graph.inserting_before(node):
-            correction = {"correction": node.kwargs.get("correction"), **keep}
+            correction = {"correction": argument(node, "correction"), **keep}
             variance = graph.call_function(aten.var.correction, (x, dims), correction)
             mean = graph.call_function(aten.mean.dim, (x, dims), keep)
         for user in list(node.users):
