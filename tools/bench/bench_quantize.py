@@ -55,6 +55,7 @@ _INTEGERS: Final = {
     "w4a16, awq, zero points, products inserted": "quantize{scheme=w4a16,group=32,balance=awq,"
     "insert=true,symmetric=false}",
     "w8a16": "quantize{scheme=w8a16}",
+    "w8a16, gptq": "quantize{scheme=w8a16,method=gptq}",
     "fp8": "quantize{scheme=fp8}",
     "mxfp4": "quantize{scheme=mxfp4}",
     "nvfp4": "quantize{scheme=nvfp4}",

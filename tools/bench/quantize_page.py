@@ -27,7 +27,7 @@ MINILM = """
 ### MiniLM
 
 Mean and worst cosine of the embeddings of 96 sentences to those of the original; 128 others to
-calibrate with. The 36 linear layers are quantised, embeddings stay. *Better* says for how many of
+calibrate with, in batches without padding. The 36 linear layers are quantised, embeddings stay. *Better* says for how many of
 the swept layers the error of the outputs is below that of rounding to nearest on the same grid.
 """
 
@@ -49,9 +49,9 @@ without which its ranges cover the largest weight. Groups' scales count 16 bits 
 SPEEDS = """
 ### Speed of an encoder
 
-{layers} layers of BERT-base's sizes through the inductor, {threads} threads; medians, all
-contestants in turn; other programs ran on the machine, so that *least* is given as well. *Error*
-is that of the outputs, relative to fp32.
+{layers} layers of BERT-base's sizes through the inductor with freezing, {threads} threads; medians
+of wall clock, all contestants in turn. fp32 and bf16 are what `torch.compile` makes of the original.
+{amx} *Error* is that of the outputs, relative to fp32.
 """
 
 
@@ -91,7 +91,9 @@ def measured(result: dict[str, Any]) -> str:
                 versions = ", ".join(sorted({row["version"] for row in peers}))
                 parts += [PEERS.format(versions=versions), _verdict(rows, score)]
     if rows := result.get("speeds"):
-        parts += [SPEEDS.format(layers=rows[0]["layers"], threads=rows[0]["threads"])]
+        has = "has" if "amx" in result["instructions"].lower() else "has no"
+        sizes = {name: rows[0][name] for name in ("layers", "threads")}
+        parts += [SPEEDS.format(**sizes, amx=f"The processor {has} AMX.")]
         parts += [_speeds(rows)]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
