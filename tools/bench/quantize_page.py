@@ -27,8 +27,9 @@ MINILM = """
 ### MiniLM
 
 Mean and worst cosine of the embeddings of 96 sentences to those of the original; 128 others to
-calibrate with, in batches without padding. The 36 linear layers are quantised, embeddings stay. *Better* says for how many of
-the swept layers the error of the outputs is below that of rounding to nearest on the same grid.
+calibrate with, in batches without padding. The 36 linear layers are quantised, embeddings stay.
+*Better* says for how many of the swept layers the error of the outputs is below that of rounding to
+nearest on the same grid.
 """
 
 CHARACTERS = """
@@ -50,7 +51,7 @@ SPEEDS = """
 ### Speed of an encoder
 
 {layers} layers of BERT-base's sizes through the inductor with freezing, {threads} threads; medians
-of wall clock, all contestants in turn. fp32 and bf16 are what `torch.compile` makes of the original.
+of wall clock, all contestants in turn; fp32 and bf16 are what `torch.compile` makes of the model.
 {amx} *Error* is that of the outputs, relative to fp32.
 """
 
