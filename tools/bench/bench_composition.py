@@ -36,16 +36,18 @@ RESULTS: Final = Path(__file__).resolve().parent / "results" / "composition_cpu.
 BUDGETS: Final = (0.1, 0.08, 0.06, 0.12)
 _BITS: Final = "quantize{scheme=w4a16,group=32,method=gptq}"
 _MIXED: Final = "quantize{scheme=w4a16,group=32,method=gptq,schemes=[w2a16,w4a16,w8a16],bytes=B}"
+# Tables of embeddings stay as they are: bits leave them alone, and erasing all but.
+_LINEAR: Final = 'exclude=["*embed*"]'
 # Bytes of a pipeline's steps: B is what the whole is allowed, D what may be left before 4 bits take
 # their part of it, and E lies between that and the whole.
 PIPELINES: Final = {
     "erase": "structured-erase{compensate=true,bytes=B}",
-    "low rank": "low-rank-split{bytes=B}",
+    "low rank": f"low-rank-split{{bytes=B,{_LINEAR}}}",
     "bits": _MIXED,
     "erase, bits": f"structured-erase{{compensate=true,bytes=D}},{_BITS}",
-    "low rank, bits": f"low-rank-split{{bytes=D}},{_BITS}",
+    "low rank, bits": f"low-rank-split{{bytes=D,{_LINEAR}}},{_BITS}",
     "erase, low rank, bits": "structured-erase{compensate=true,bytes=E},"
-    f"low-rank-split{{bytes=D}},{_BITS}",
+    f"low-rank-split{{bytes=D,{_LINEAR}}},{_BITS}",
 }
 ALONE: Final = ("erase", "low rank", "bits")
 # Of 4-bit numbers with a 16-bit scale for 32 of them; the last group of a row may be shorter.
