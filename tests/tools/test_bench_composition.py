@@ -37,7 +37,9 @@ def test_pipelines_keep_to_the_bytes(way: str, task: Task) -> None:
 
 def test_four_bits_alone_are_what_composing_begins_with() -> None:
     text = pipeline("low rank, bits", 0.5, 1000, 900)
-    assert text.startswith("low-rank-split{bytes=1000},")  # nothing to take from the rank
+    assert text.startswith(
+        "low-rank-split{bytes=1000,exclude=[]},"
+    )  # nothing to take from the rank
 
 
 def test_the_page_says_where_composing_is_better_and_where_not() -> None:

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -36,18 +36,18 @@ RESULTS: Final = Path(__file__).resolve().parent / "results" / "composition_cpu.
 BUDGETS: Final = (0.1, 0.08, 0.06, 0.12)
 _BITS: Final = "quantize{scheme=w4a16,group=32,method=gptq}"
 _MIXED: Final = "quantize{scheme=w4a16,group=32,method=gptq,schemes=[w2a16,w4a16,w8a16],bytes=B}"
-# Tables of embeddings stay as they are: bits leave them alone, and erasing all but.
-_LINEAR: Final = 'exclude=["*embed*"]'
+# Tables of embeddings stay as they are: no other step takes anything of them.
+_TABLES: Final = ("*embed*",)
 # Bytes of a pipeline's steps: B is what the whole is allowed, D what may be left before 4 bits take
 # their part of it, and E lies between that and the whole.
 PIPELINES: Final = {
     "erase": "structured-erase{compensate=true,bytes=B}",
-    "low rank": f"low-rank-split{{bytes=B,{_LINEAR}}}",
+    "low rank": "low-rank-split{bytes=B,exclude=X}",
     "bits": _MIXED,
     "erase, bits": f"structured-erase{{compensate=true,bytes=D}},{_BITS}",
-    "low rank, bits": f"low-rank-split{{bytes=D,{_LINEAR}}},{_BITS}",
+    "low rank, bits": f"low-rank-split{{bytes=D,exclude=X}},{_BITS}",
     "erase, low rank, bits": "structured-erase{compensate=true,bytes=E},"
-    f"low-rank-split{{bytes=D,{_LINEAR}}},{_BITS}",
+    f"low-rank-split{{bytes=D,exclude=X}},{_BITS}",
 }
 ALONE: Final = ("erase", "low rank", "bits")
 # Of 4-bit numbers with a 16-bit scale for 32 of them; the last group of a row may be shorter.
@@ -63,11 +63,13 @@ class Task:
         program: As it is.
         data: Calibration batches.
         score: Perplexity or cosine.
+        spared: Patterns of what is not split.
     """
 
     program: Program
     data: list[Any]
     score: Callable[[Callable[..., Any]], float]
+    spared: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -76,7 +78,7 @@ class Task:
         return sum(4 * site.parameters for site in sites if site.kind == "linear")
 
 
-def pipeline(name: str, share: float, whole: int, layers: int) -> str:
+def pipeline(name: str, share: float, whole: int, layers: int, spared: Sequence[str] = ()) -> str:
     """The text of a pipeline for a share of the layers' bytes.
 
     Args:
@@ -84,12 +86,13 @@ def pipeline(name: str, share: float, whole: int, layers: int) -> str:
         share: Of the bytes of the layers, to keep.
         whole: Bytes of the model.
         layers: Bytes of its linear layers.
+        spared: Patterns of what is not split.
     """
     rest = whole - layers
     kept = rest + share * layers
     dense = rest + min(1.0, share / _FOUR_BITS) * layers
     between = rest + layers * (min(1.0, share / _FOUR_BITS) ** _ERASED_FIRST)
-    text = PIPELINES[name]
+    text = PIPELINES[name].replace("exclude=X", f"exclude={json.dumps(list(spared))}")
     for letter, value in (("B", kept), ("D", dense), ("E", between)):
         text = text.replace(f"bytes={letter}", f"bytes={value:.0f}")
     return text
@@ -103,12 +106,12 @@ def characters() -> Task:
     data = list(batches(8, seed=3))
     test = list(batches(24, test=True, seed=1))
     program = tl.capture(model, (data[0],), dynamic_shapes="auto")
-    return Task(program, data, lambda run: perplexity(run, test))
+    return Task(program, data, lambda run: perplexity(run, test), _TABLES)
 
 
 def minilm() -> Task:
     """The sentence encoder: mean cosine to its own embeddings as they were."""
-    return Task(*encoder_task(128))
+    return Task(*encoder_task(128), _TABLES)
 
 
 TASKS: Final = {"characters": characters, "minilm": minilm}
@@ -129,7 +132,7 @@ def rows(
         score = task.score(CompiledModel(task.program))
         yield {"model": name, "way": "", "budget": 1.0, "share": 1.0, "score": score}
     for key in keys:
-        text = pipeline(key["way"], key["budget"], whole, layers)
+        text = pipeline(key["way"], key["budget"], whole, layers, task.spared)
         start = time.thread_time()
         row: dict[str, Any] = {**key, "pipeline": text, "share": None, "score": None}
         try:
