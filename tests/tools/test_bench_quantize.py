@@ -58,9 +58,15 @@ def test_batches_without_padding_hold_every_sentence_once() -> None:
 
 
 def test_the_page_is_what_the_results_say() -> None:
-    result = json.loads(bench_quantize.RESULTS.read_text(encoding="utf-8"))
     page = quantize_page.PAGE.read_text(encoding="utf-8")
-    assert page.endswith(quantize_page.measured(result))
+    assert page.endswith(quantize_page.measured(quantize_page.results()))
+
+
+def test_the_largest_model_was_quantised_in_less_than_its_own_size_and_two_blocks() -> None:
+    rows = quantize_page.results()["memory"]["rows"]
+    largest = max(rows, key=lambda row: row["parameters"])
+    assert largest["parameters"] > 1e9
+    assert largest["peak_bytes"] < largest["model_bytes"] + 2 * largest["block_bytes"]
 
 
 def test_the_page_of_caches_is_what_the_results_say() -> None:

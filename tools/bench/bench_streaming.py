@@ -23,12 +23,12 @@ from torchlathe.ir.files import write_text
 from torchlathe.tools.bench.machine import machine
 from torchlathe.tools.bench.memory import PeakMemory
 
-__all__ = ["main"]
+__all__ = ["RESULTS", "SIZES", "main"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "quantize_memory.json"
 _SPEC: Final = 'quantize{scheme=w4a16,method=gptq,checkpoint="FOLDER"}'
 # Sizes of Llama 3.2 1B, and half of them with few words.
-_SIZES: Final[dict[str, dict[str, int]]] = {
+SIZES: Final[dict[str, dict[str, int]]] = {
     "tiny": {
         "vocab_size": 500, "hidden_size": 512, "intermediate_size": 2048,
         "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -52,7 +52,7 @@ def _model(size: str, layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **_SIZES[size],
+        **SIZES[size],
         num_hidden_layers=layers,
         tie_word_embeddings=True,
         use_cache=False,
@@ -103,7 +103,7 @@ def measure(size: str, layers: int, folder: Path, tokens: int, console: Console)
         draft.rename(file)
     model = mapped_model(size, layers, file)
     generator = torch.Generator().manual_seed(1)
-    words = _SIZES[size]["vocab_size"]
+    words = SIZES[size]["vocab_size"]
     data = [torch.randint(0, words, (1, tokens), generator=generator) for _ in range(4)]
     program = capture(model, (data[0],))
     bytes_before = program.cost().bytes
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--size", choices=list(_SIZES), default="small")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, default=128, help="of each of four batches")
     parser.add_argument("--folder", type=Path, default=cache_directory() / "streaming")

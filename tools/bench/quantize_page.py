@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from torchlathe.tools.bench import bench_streaming
 from torchlathe.tools.bench.bench_quantize import RESULTS
 from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
-__all__ = ["main", "measured"]
+__all__ = ["main", "measured", "results"]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "quantize.md"
 
@@ -55,6 +56,14 @@ of wall clock, all contestants in turn; fp32 and bf16 are what `torch.compile` m
 {amx} *Error* is that of the outputs, relative to fp32.
 """
 
+MEMORY: Final = """
+### Memory of `gptq`
+
+`python -m torchlathe.tools.bench.bench_streaming --size 1b --depths 16` and without options: random
+Llamas in bf16 whose weights are mapped from a file, swept to 4 bits with the defaults on {tokens}
+tokens; {threads} thread. *Peak* is what the memory of the process rises by, *may be* the model in
+bf16 and two blocks. The widest layer has {wide} columns in the largest, {narrow} in the others.
+"""
 
 PAIRS: Final = {
     "w8a8": ("llm-compressor w8a8", "torchao w8a8"),
@@ -96,7 +105,37 @@ def measured(result: dict[str, Any]) -> str:
         sizes = {name: rows[0][name] for name in ("layers", "threads")}
         parts += [SPEEDS.format(**sizes, amx=f"The processor {has} AMX.")]
         parts += [_speeds(rows)]
+    if memory := result.get("memory"):
+        parts += [_memory(memory)]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def _memory(found: dict[str, Any]) -> str:
+    rows = sorted(found["rows"], key=lambda row: row["parameters"])
+    wide, narrow = (
+        bench_streaming.SIZES[r["size"]]["intermediate_size"] for r in (rows[-1], rows[0])
+    )
+    table = [
+        [
+            f"{row['parameters'] / 1e6:,.0f} M",
+            str(row["layers"]),
+            *(
+                f"{size / 1e6:,.0f}"
+                for size in (
+                    row["model_bytes"],
+                    row["stored_bytes"],
+                    row["peak_bytes"],
+                    row["model_bytes"] + 2 * row["block_bytes"],
+                )
+            ),
+            f"{row['seconds'] / 60:.1f}",
+        ]
+        for row in rows
+    ]
+    header = ["parameters", "blocks", "bf16, MB", "stored, MB", "peak, MB", "may be, MB", "minutes"]
+    threads = found["machine"]["threads"]
+    text = MEMORY.format(tokens=rows[0]["tokens"], threads=threads, wide=wide, narrow=narrow)
+    return text + "\n" + markdown_table(header, table)
 
 
 def _fidelity(rows: Sequence[dict[str, Any]], score: str) -> str:
@@ -162,10 +201,16 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(header, table)
 
 
+def results() -> dict[str, Any]:
+    """The content of the result files, that of memory under a key of its own."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found["memory"] = json.loads(bench_streaming.RESULTS.read_text(encoding="utf-8"))
+    return found
+
+
 def main() -> int:
     """Write the page; returns the exit status."""
-    result = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return rewrite_measured(PAGE, measured(result))
+    return rewrite_measured(PAGE, measured(results()))
 
 
 if __name__ == "__main__":
