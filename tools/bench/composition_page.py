@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchlathe.tools.bench.bench_composition import ALONE, PIPELINES, RESULTS
+from torchlathe.tools.bench.drawing import svg
 from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
 __all__ = ["main", "measured"]
@@ -97,32 +98,23 @@ def _verdict(rows: Sequence[dict[str, Any]], *, less: bool) -> str:
 
 
 def _plot(name: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "torchlathe"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for way in PIPELINES:
-        points = sorted(
-            (100 * r["share"], r["score"])
-            for r in rows
-            if r["way"] == way and r["score"] is not None
-        )
-        if points:
-            line = "--" if way in ALONE else "-"
-            axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, label=way)
-    axes.set_xlabel("% of the bytes of the linear layers left")
-    axes.set_ylabel("perplexity" if name == "characters" else "cosine")
-    if name == "characters":
-        axes.set_yscale("log")
-    axes.invert_xaxis()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    with svg(path, 7, 4.2) as (axes,):
+        for way in PIPELINES:
+            points = sorted(
+                (100 * r["share"], r["score"])
+                for r in rows
+                if r["way"] == way and r["score"] is not None
+            )
+            if points:
+                line = "--" if way in ALONE else "-"
+                axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, label=way)
+        axes.set_xlabel("% of the bytes of the linear layers left")
+        axes.set_ylabel("perplexity" if name == "characters" else "cosine")
+        if name == "characters":
+            axes.set_yscale("log")
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from torchlathe.tools.bench.bench_distill import RESULTS
 from torchlathe.tools.bench.distilling.data import TASKS
 from torchlathe.tools.bench.distilling.runs import ABLATIONS, METHODS, RATIO, Method
+from torchlathe.tools.bench.drawing import svg
 from torchlathe.tools.bench.intervals import half_width, interval
 from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 
@@ -190,35 +191,26 @@ def _ablation(rows: dict[str, Any], title: str, task: str, methods: dict[str, Me
 
 def _plot(rows: dict[str, Any], path: Path) -> None:
     """Accuracy of each method over that of the student alone, with intervals."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "torchlathe"
-    from matplotlib import pyplot
-
     tasks = [task for task in TASKS if len(_seeds(rows, task)) > 1]
     names = [name for name in METHODS if name != "alone"]
-    figure, axes = pyplot.subplots(figsize=(7, 3.4))
-    for place, name in enumerate(names):
-        means, halves = [], []
-        for task in tasks:
-            seeds = _seeds(rows, task)
-            alone = _values(rows, task, "alone", seeds, "accuracy")
-            own = _values(rows, task, name, seeds, "accuracy")
-            gains = [a - b for a, b in zip(own, alone, strict=True)]
-            means.append(mean(gains))
-            halves.append(half_width(gains))
-        shift = 0.8 * (place + 0.5) / len(names) - 0.4
-        places = [index + shift for index in range(len(tasks))]
-        axes.errorbar(places, means, yerr=halves, fmt="o", markersize=4, capsize=3, label=name)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylabel("accuracy − student alone, points")
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8, ncols=len(names))
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    with svg(path, 7, 3.4) as (axes,):
+        for place, name in enumerate(names):
+            means, halves = [], []
+            for task in tasks:
+                seeds = _seeds(rows, task)
+                alone = _values(rows, task, "alone", seeds, "accuracy")
+                own = _values(rows, task, name, seeds, "accuracy")
+                gains = [a - b for a, b in zip(own, alone, strict=True)]
+                means.append(mean(gains))
+                halves.append(half_width(gains))
+            shift = 0.8 * (place + 0.5) / len(names) - 0.4
+            places = [index + shift for index in range(len(tasks))]
+            axes.errorbar(places, means, yerr=halves, fmt="o", markersize=4, capsize=3, label=name)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set_ylabel("accuracy − student alone, points")
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(fontsize=8, ncols=len(names))
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from torchlathe.tools.bench.bench_sparse_training import (
     RESULTS,
     SPARSITIES,
 )
+from torchlathe.tools.bench.drawing import svg
 from torchlathe.tools.bench.intervals import half_width, interval
 from torchlathe.tools.bench.markdown import markdown_table, rewrite_measured
 from torchlathe.tools.bench.sparse_training.contestants import METHODS
@@ -25,6 +26,7 @@ from torchlathe.tools.bench.sparse_training.resnet import STAGES
 __all__ = ["main", "measured"]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "sparse_training.md"
+_LOWEST: Final = 90.0  # accuracy that the picture shows
 HEAD = """\
 ## Measured
 
@@ -45,6 +47,8 @@ points below dense, and the search went on.) Mean over seeds with the 95 % inter
 (Student's t), and in brackets the share of the parameters that is left: methods take different
 groups, so the share differs at one sparsity. The largest difference of an output between trained
 and erased models, over the largest output, was {error:.1e}.
+
+![quality against the share of groups that is zero](sparse_training.svg)
 """
 
 TITLES = {
@@ -133,6 +137,41 @@ def _quality(rows: dict[str, Any], task: str) -> str:
     lines = [[m, *(_cell(found[m, p], most[p]) for p in shown)] for m in methods]
     heads = [f"{p:.0%} zero, {most[p]} seed{'s' * (most[p] > 1)}" for p in shown]
     return _table(["method", *heads], lines)
+
+
+def _plot(rows: dict[str, Any], path: Path) -> None:
+    """Each method's mean over the share of zero groups, with intervals; dense as a band."""
+    tasks = [task for task in TITLES if _rows(rows, task, "dense", 0)]
+    with svg(path, 4 * len(tasks), 3.8, len(tasks)) as panels:
+        for axes, task in zip(panels, tasks, strict=True):
+            dense = [row["metric"] for row in _rows(rows, task, "dense", 0)]
+            axes.axhspan(
+                mean(dense) - half_width(dense), mean(dense) + half_width(dense), alpha=0.15
+            )
+            axes.axhline(mean(dense), linewidth=0.8, label="dense")
+            names = [name for name in (*METHODS, PEER) if name != "dense"]
+            for place, name in enumerate(names):
+                found = {p: _rows(rows, task, name, p) for p in sorted(SPARSITIES[task])}
+                values = {p: [r["metric"] for r in f] for p, f in found.items() if len(f) > 1}
+                # Side by side, so that intervals do not hide each other.
+                places = [100 * p + 0.8 * (place - len(names) / 2) for p in values]
+                axes.errorbar(
+                    places,
+                    [mean(v) for v in values.values()],
+                    yerr=[half_width(v) for v in values.values()],
+                    fmt="o-",
+                    markersize=3,
+                    linewidth=0.8,
+                    capsize=2,
+                    label=name,
+                )
+            axes.set_title(task)
+            axes.set_xlabel("% of the groups zero")
+            axes.set_ylabel("accuracy, %" if task.startswith("digits") else "perplexity")
+            if task.startswith("digits"):
+                axes.set_ylim(bottom=max(axes.get_ylim()[0], _LOWEST))
+            axes.grid(alpha=0.3)
+        panels[0].legend(fontsize=6)
 
 
 def _rows(rows: dict[str, Any], task: str, method: str, sparsity: float) -> list[dict[str, Any]]:
@@ -251,8 +290,9 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def main() -> int:
-    """Write the page."""
+    """Write the page and its picture; returns the exit status."""
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    _plot(result["rows"], PAGE.with_name("sparse_training.svg"))
     return rewrite_measured(PAGE, measured(result))
 
 

@@ -27,8 +27,7 @@ def torch_pruning(task: Task, sparsity: float, seed: int) -> Run:
     """Half of the steps dense, then that share of the channels goes, then the other half.
 
     Globally by the L2 norm of its groups, in small steps, with at most as large a share of a layer
-    as the sparse optimizers take. Of a transformer hidden units and dimensions of heads go, as
-    there; layer norms keep what is between the layers.
+    as the sparse optimizers take; of attention, the dimensions of heads.
     """
     import torch_pruning as tp
 
@@ -39,11 +38,8 @@ def torch_pruning(task: Task, sparsity: float, seed: int) -> Run:
     train(half, model, _adamw(model, task), seed, 1)
     model.eval()
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
-    kept_whole = ["head"]
-    more: dict[str, Any] = {}
-    if attentions:
-        kept_whole += [n for n, _ in model.named_modules() if n.endswith(("patch", "out", "down"))]
-        more = {"num_heads": {m.qkv: m.heads for m in attentions}, "prune_head_dims": True}
+    heads = {m.qkv: m.heads for m in attentions}
+    more: dict[str, Any] = {"num_heads": heads, "prune_head_dims": True} if heads else {}
     largest = 1 - (1 - sparsity) * 2 / 3
     with _quiet():
         pruner = tp.pruner.BasePruner(
@@ -51,7 +47,7 @@ def torch_pruning(task: Task, sparsity: float, seed: int) -> Run:
             task.inputs[0][:1],
             importance=tp.importance.MagnitudeImportance(),
             global_pruning=True,
-            ignored_layers=[model.get_submodule(name) for name in kept_whole],
+            ignored_layers=[model.get_submodule("head")],
             pruning_ratio=1.0,
             max_pruning_ratio=largest,
             iterative_steps=_STEPS,
