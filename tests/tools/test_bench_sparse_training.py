@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +14,7 @@ from torchlathe.optim import HESSO
 from torchlathe.passes import ZeroInvariantGroups
 from torchlathe.tools.bench.bench_sparse_training import RESULTS, _is_current
 from torchlathe.tools.bench.markdown import MARK
+from torchlathe.tools.bench.quality.nets import digits
 from torchlathe.tools.bench.sparse_training.resnet import ResNet18
 from torchlathe.tools.bench.sparse_training.tasks import TASKS, _shifted
 from torchlathe.tools.bench.sparse_training_page import measured
@@ -57,3 +59,16 @@ def test_images_are_moved_by_a_pixel_at_most() -> None:
         for part, image in zip(padded, moved, strict=True)
     ]
     assert set(found) == set(places)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_seed_of_the_batches_shows_images_of_the_test(seed: int) -> None:
+    def told(images: torch.Tensor) -> set[tuple[float, ...]]:
+        # Rolling sideways keeps each row's values.
+        return {tuple(image.sort(-1).values.flatten().tolist()) for image in images}
+
+    batches = TASKS["digits CNN"](0).batches(seed)
+    seen = set.union(*(told(next(batches)[0]) for _ in range(18)))
+    test = told(digits(0).test[0])
+    assert len(seen) > 1100
+    assert not seen & test
