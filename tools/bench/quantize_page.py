@@ -63,6 +63,7 @@ MEMORY: Final = """
 Llamas in bf16 whose weights are mapped from a file, swept to 4 bits with the defaults on {tokens}
 tokens; {threads} thread. *Peak* is what the memory of the process rises by, *may be* the model in
 bf16 and two blocks. The widest layer has {wide} columns in the largest, {narrow} in the others.
+The work on one layer is the same at any depth, and more than all of a small model.
 """
 
 PAIRS: Final = {
