@@ -111,6 +111,13 @@ class LowRankSplit(SplitOptions, RewritePass):
             "bits, by a scheme of quantize; rank says the size of the product"
         },
     )
+    rounding: Literal["gptq", "nearest"] = field(
+        default="gptq",
+        metadata={
+            "help": "how the residual is rounded: column by column, those to come making up for "
+            "those that are done, or to nearest; without data always to nearest"
+        },
+    )
     embeddings: bool | None = field(
         default=None,
         metadata={"help": "split embeddings too; if not said, where params or bytes is given"},
@@ -192,6 +199,7 @@ class LowRankSplit(SplitOptions, RewritePass):
                 rank=self.rank,
                 scheme=SCHEMES[self.residual],
                 damping=self.damping,
+                sweeps=self.rounding == "gptq",
             )
         how = self.shared_out(len(sites))
         if how == "uniform":

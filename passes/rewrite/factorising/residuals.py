@@ -2,10 +2,11 @@
 
 ``Q`` stores ``W - U V``, and ``U V`` catches what the rounding lost as well as a product of its
 rank can in the norm of the data. Each is made for the other in turn, and the best pair is taken.
+Where there is data, ``Q`` is swept (GPTQ) from the second time on.
 
 Source: L2QER (arXiv 2402.02446) for the product of the rounding's error in the norm of the data,
 there by a diagonal and here by the whole second moment; LQ-LoRA (arXiv 2311.12023, algorithm 1) for
-making them in turn. Reconstructions.
+making them in turn, there with rounding to nearest. Reconstructions; sweeping in turn is own.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ import torch
 from torchlathe.ir import Edit, Program
 from torchlathe.passes.base import Diagnostic, PassContext, PassResult
 from torchlathe.passes.rewrite.factorising.metrics import Metrics
+from torchlathe.passes.rewrite.factorising.products import Moment
 from torchlathe.passes.rewrite.factorising.sites import Site, bias_of
-from torchlathe.passes.rewrite.factorising.splits import Split, output_error, split
+from torchlathe.passes.rewrite.factorising.splits import Split, damped, output_error, split
 from torchlathe.passes.rewrite.factorising.telling import left_alone
 from torchlathe.passes.rewrite.factorising.writing import add_factor, shifted_bias, stem_of
 from torchlathe.passes.rewrite.quantising.grids import Quantised, quantised
+from torchlathe.passes.rewrite.quantising.rounding import grids_of, swept
 from torchlathe.passes.rewrite.quantising.schemes import Scheme
 from torchlathe.passes.rewrite.quantising.writing import write
+from torchlathe.passes.rewrite.sweeping.sweep import damping_of, naming, order_by_activity
 
 __all__ = ["Residual", "residual_split", "split_with_residuals"]
 
 aten = torch.ops.aten
 _ROUNDS = 4
+# What a sweep damps at least; a product is steadier, and damps less.
+_LEAST = 0.01
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,9 @@ def residual_split(
     scheme: Scheme,
     *,
     inputs: torch.Tensor | None = None,
+    count: float | None = None,
     damping: float = 0.0,
+    sweeps: bool = True,
     seed: int = 0,
 ) -> Residual:
     """A product of this rank and a matrix of few bits, each made for the other.
@@ -77,37 +85,59 @@ def residual_split(
         rank: Of the product, at least 1.
         scheme: How the matrix of few bits is stored; activations are left alone.
         inputs: As `splits.split` takes it.
-        damping: As there.
+        count: How many rows of data the inputs are the mean of; by default enough of them.
+        damping: As there; where rows are few, what they do not tell of is damped by more.
+        sweeps: Whether rounding errors of columns are made up for by others (GPTQ), where there
+            are inputs.
         seed: As there.
     """
     wide = weight.detach().float()
     whole = output_error(wide, torch.zeros_like(wide), inputs)
     importance = None if inputs is None else inputs.diagonal().float()
-    best: tuple[Quantised, Split] | None = None
+    moment = inputs.to(wide.device, torch.float32) if sweeps and inputs is not None else None
+    swept_by = 0.0
+    if moment is not None:
+        swept_by = _LEAST if count is None else damping_of(moment, int(count), _LEAST)
+        damping = max(damping, swept_by)
+    norm = damped(inputs, damping, wide)
+    best: tuple[float, Quantised, Split] | None = None
     alone, rest = 0.0, wide
     for number in range(_ROUNDS):
-        stored = quantised(
-            rest,
-            scheme.weights,
-            group=scheme.group,
-            symmetric=scheme.symmetric,
-            clip="mse",
-            importance=importance,
-        )
+        if number and moment is not None:
+            stored = _swept(rest, scheme, moment, swept_by)
+        else:
+            stored = quantised(
+                rest,
+                scheme.weights,
+                group=scheme.group,
+                symmetric=scheme.symmetric,
+                clip="mse",
+                importance=importance,
+            )
         gap = wide - stored.dequantised()
         if not number:
             alone = output_error(gap, torch.zeros_like(gap), inputs)
         low = split(gap, rank, inputs=inputs, damping=damping, seed=seed)
-        if best is not None and low.error >= best[1].error:
+        lost = output_error(gap, low.product, norm)
+        if best is not None and lost >= best[0]:
             break
-        best = stored, low
+        best = lost, stored, low
         rest = wide - low.product
     assert best is not None
-    stored, low = best
+    _, stored, low = best
     up, down = low.up.to(weight.dtype), low.down.to(weight.dtype)
     found = Split(up, down, low.error, low.energy)
     left = output_error(wide, stored.dequantised() + found.product, inputs)
     return Residual(stored, found, _share(left, whole), _share(alone, whole))
+
+
+def _swept(matrix: torch.Tensor, scheme: Scheme, moment: torch.Tensor, damping: float) -> Quantised:
+    """A matrix in few bits, column by column, those to come making up for those that are done."""
+    level = moment.diagonal()
+    grids = grids_of(matrix, scheme, ("mse", "none"), level + damping * level.mean(), None)
+    order = order_by_activity(moment)
+    found, _ = swept(grids, matrix.to(grids[0].scales.dtype), moment, damping=damping, order=order)
+    return found.grid.quantised(found.codes)
 
 
 def split_with_residuals(
@@ -120,6 +150,7 @@ def split_with_residuals(
     rank: int,
     scheme: Scheme,
     damping: float,
+    sweeps: bool,
 ) -> PassResult:
     """Split every linear layer of a program so, where that takes fewer bytes.
 
@@ -132,6 +163,7 @@ def split_with_residuals(
         rank: Of each product.
         scheme: Of each matrix.
         damping: As `residual_split` takes it.
+        sweeps: Likewise.
     """
     chosen = [site for site in sites if site.kind == "linear"]
     left |= {s.weight: "it is no linear layer" for s in sites if s.kind != "linear"}
@@ -140,10 +172,18 @@ def split_with_residuals(
         for number, site in enumerate(chosen):
             ctx.report(f"splitting {site.weight} ({number + 1}/{len(chosen)})")
             weight = program.tensor(site.weight).detach()
-            matrices, moment = site.matrices(weight), metrics.moment([site])
-            found = residual_split(
-                matrices[0], rank, scheme, inputs=moment, damping=damping, seed=ctx.seed
-            )
+            matrices, norm = site.matrices(weight), metrics.norm([site])
+            with naming(site.weight):
+                found = residual_split(
+                    matrices[0],
+                    rank,
+                    scheme,
+                    inputs=norm.dense() if isinstance(norm, Moment) else norm,
+                    count=norm.count if isinstance(norm, Moment) else None,
+                    damping=damping,
+                    sweeps=sweeps,
+                    seed=ctx.seed,
+                )
             before = weight.numel() * weight.element_size()
             if found.nbytes >= before:
                 left[site.weight] = "it would not be smaller"

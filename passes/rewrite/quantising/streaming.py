@@ -25,15 +25,11 @@ from torchlathe.ir.memory import give_back
 from torchlathe.passes.base import Diagnostic, PassContext
 from torchlathe.passes.rewrite.quantising.grids import (
     Clip,
-    Grid,
     Quantised,
-    fit_grid,
-    joined,
     stacked,
     total_of,
 )
-from torchlathe.passes.rewrite.quantising.refitting import best_rows
-from torchlathe.passes.rewrite.quantising.rounding import Rounding
+from torchlathe.passes.rewrite.quantising.rounding import grids_of, swept
 from torchlathe.passes.rewrite.quantising.schemes import Scheme
 from torchlathe.passes.rewrite.quantising.writing import DEQUANTIZE, Written, matrix_of, rewrite
 from torchlathe.passes.rewrite.sweeping.masking import Masking
@@ -43,7 +39,6 @@ from torchlathe.passes.rewrite.sweeping.sweep import (
     naming,
     order_by_activity,
     relative_error,
-    sweep,
 )
 from torchlathe.passes.statistics import Reader
 from torchlathe.passes.statistics.arriving import arrivals
@@ -243,7 +238,7 @@ def _one(
 ) -> tuple[Quantised, tuple[float, float, float], float]:
     """One matrix, its errors as `Outcome` has them, and the damping."""
     counts = moment.diagonal()
-    grids = _grids(
+    grids = grids_of(
         weight,
         job.scheme,
         ("mse", "none") if sweeps and how.clip == "mse" else (how.clip,),
@@ -258,42 +253,12 @@ def _one(
     if sweeps:
         # What rounding to nearest was computed in need not stand beside the factor of the moment.
         give_back()
-        # All in one sweep: rows do not see each other, and the factor is most of the work.
-        rounding, below = Rounding(joined(grids), masking), matrix.repeat(len(grids), 1)
-        damping = sweep(below, moment, rounding, damping=damping, order=order).damping
-        del below
-        best = best_rows(grids, rounding.codes, matrix, moment, damping)
+        best, damping = swept(grids, matrix, moment, damping=damping, order=order, masking=masking)
         # Damping is against the moment: where it wins, rounding to nearest may be better.
         if (error := relative_error(matrix, best.grid.decoded(best.codes), moment)) <= before:
             grid, codes, after = best.grid, best.codes, error
     lost = relative_error(matrix, grid.decoded(codes))
     return grid.quantised(codes), (before, after, lost), damping
-
-
-def _grids(
-    weight: Tensor,
-    scheme: Scheme,
-    clips: Sequence[Clip],
-    importance: Tensor | None,
-    total: Tensor | None,
-) -> list[Grid]:
-    """What a matrix may be rounded to; by the first it is rounded to nearest.
-
-    Ranges that are cut are best for weights that stay where they are. In a sweep those that are
-    still to come move, by more than what is cut: for most rows the whole range is better then.
-    """
-    return [
-        fit_grid(
-            weight,
-            scheme.weights,
-            group=scheme.group,
-            symmetric=scheme.symmetric,
-            clip=clip,
-            importance=importance,
-            total=total,
-        )
-        for clip in clips
-    ]
 
 
 def _zeros(
