@@ -16,12 +16,13 @@ from torchlathe.backends.module.checking import Outcome, Trial, nodes_by_module,
 from torchlathe.backends.module.config import Savable, fit_config
 from torchlathe.backends.module.copying import changed_floats, copy_with, correct_floats, tensors_of
 from torchlathe.backends.module.forms import write_norms_as_code
-from torchlathe.backends.module.layers import argument, correct_layer
+from torchlathe.backends.module.layers import correct_layer
 from torchlathe.backends.module.parts import leave_out_branches, replace_parts
 from torchlathe.backends.module.search import Choice, choices, search
 from torchlathe.backends.module.sizes import Sizes
 from torchlathe.backends.module.stand_ins import Erased, Nothing
 from torchlathe.ir import BackendError, Program, TensorKind, capture, describe, info
+from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.capturing import eval_mode
 
 __all__ = ["ModuleBackend", "ModuleRun"]

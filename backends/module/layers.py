@@ -17,8 +17,9 @@ from torchlathe.backends.module.stand_ins import (
     CompensatedLayerNorm,
     Erased,
 )
+from torchlathe.ir.axes.rule import argument
 
-__all__ = ["argument", "correct_layer"]
+__all__ = ["correct_layer"]
 
 
 def correct_layer(module: nn.Module, op: fx.Node | None) -> bool:
@@ -42,16 +43,8 @@ def correct_layer(module: nn.Module, op: fx.Node | None) -> bool:
     return False
 
 
-def argument(node: fx.Node | None, name: str) -> Any:
-    """An argument of a call by its name in the schema; None where there is none."""
-    if node is None or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for index, entry in enumerate(node.target._schema.arguments):
-        if entry.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return node.kwargs.get(name)
-    return None
+def _given(op: fx.Node | None, name: str) -> Any:
+    return None if op is None else argument(op, name)
 
 
 def _linear(module: Any, op: fx.Node | None) -> None:
@@ -67,7 +60,7 @@ def _bilinear(module: Any, op: fx.Node | None) -> None:
 
 
 def _convolution(module: Any, op: fx.Node | None) -> None:
-    groups = argument(op, "groups")
+    groups = _given(op, "groups")
     module.groups = module.groups if groups is None else int(groups)
     first, second = module.weight.shape[:2]
     if module.transposed:
@@ -86,19 +79,19 @@ def _channel_norm(module: Any, op: fx.Node | None) -> None:
 
 
 def _group_norm(module: Any, op: fx.Node | None) -> None:
-    groups = argument(op, "num_groups")
+    groups = _given(op, "num_groups")
     module.num_groups = module.num_groups if groups is None else int(groups)
     channels = len(module.weight) if module.weight is not None else _input_extent(op, 1)
     module.num_channels = module.num_channels if channels is None else channels
 
 
 def _layer_norm(module: Any, op: fx.Node | None) -> None:
-    shape = argument(op, "normalized_shape")
+    shape = _given(op, "normalized_shape")
     if module.weight is not None:
         shape = module.weight.shape
     if shape is not None and all(isinstance(n, int) for n in shape):
         module.normalized_shape = tuple(shape)
-    eps = argument(op, "eps")
+    eps = _given(op, "eps")
     if eps is not None and isinstance(module, nn.RMSNorm):
         module.eps = float(eps)
 

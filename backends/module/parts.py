@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchlathe.backends.module.layers import argument
 from torchlathe.backends.module.sizes import Sizes
 from torchlathe.backends.module.stand_ins import (
     CompactAttention,
@@ -19,6 +18,7 @@ from torchlathe.backends.module.stand_ins import (
 from torchlathe.ir import Program, info
 from torchlathe.ir.axes import Concat, Product, Term
 from torchlathe.ir.axes.extents import is_static
+from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.capturing import eval_mode
 
 __all__ = ["leave_out_branches", "replace_parts"]
