@@ -13,10 +13,12 @@ from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.analysis.segments import Segments
 from torchlathe.passes.base import Diagnostic, PassContext, PassResult
 from torchlathe.passes.options import did_you_mean
+from torchlathe.passes.rewrite.branches.leave_out import zeroed_by
 from torchlathe.passes.rewrite.erasing.choosing import Choice
 from torchlathe.passes.statistics.losses import check_loss
 from torchlathe.passes.tune.adapting.lora import is_rank
 from torchlathe.passes.tune.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG
+from torchlathe.passes.tune.optim.h2spg import removable
 from torchlathe.passes.tune.optim.saliency import saliency_of
 from torchlathe.passes.tune.optim.sparse_optimizer import SparseOptimizer, WrappedOptimizer
 from torchlathe.passes.tune.training import (
@@ -43,7 +45,10 @@ _CLASSES: dict[str, Callable[..., WrappedOptimizer]] = {
     "h2spg": H2SPG,
 }
 # What the pass says itself, or what only the optimizer of a user's own loop can be given.
-_OWN = {"self", "groups", "model", "base", "params", "options", "total_steps", "saliency"}
+_OWN = {
+    "self", "groups", "model", "base", "params", "options", "total_steps", "saliency",
+    "target_sparsity", "start_step", "pruning_steps",
+}  # fmt: skip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -206,6 +211,9 @@ class _Follow(Hook):
         """How many groups are zero."""
         if isinstance(self.optimizer, SparseOptimizer):
             return f"{self.optimizer.zero_groups} of {self.optimizer.target} groups zero"
+        if isinstance(self.optimizer, H2SPG) and self.optimizer.chosen:
+            what = "zero" if self.finished else "leaving"
+            return f"{len(self.optimizer.chosen)} branches {what}"
         return ""
 
     def record(self) -> dict[str, float]:
@@ -263,7 +271,7 @@ class _Training:
         groups: Any
         if options.method == "h2spg":
             groups = self.ctx.analysis(Segments)
-            more["exclude"] = options.exclude
+            more["exclude"] = (*options.exclude, *self.left)
         else:
             groups = self.ctx.analysis(ZeroInvariantGroups)
             more |= {"include": options.include, "exclude": (*options.exclude, *self.left)}
@@ -293,36 +301,52 @@ class _Training:
             PreconditionError: All of them are.
         """
         options = self.options
-        if options.method == "h2spg":
-            return ()
-        groups = self.ctx.analysis(ZeroInvariantGroups)
-        Choice(options.include, options.exclude).check(groups, options.name)
+        whole = self._prunable()
         trained = set(choose_trainable(self.program, options.trainable, options.frozen))
         left = []
-        for family in groups.prunable:
-            names = [part.name for part in family.zeroed or family.writers]
+        for owner, names in whole.items():
             still = [name for name in names if name not in trained]
             if all(map(is_rank, names)):
-                left.append(family.name)
+                left.append(owner)
                 continue
             if still and not (options.decay_frozen and len(still) < len(names)):
-                left.append(family.name)
+                left.append(owner)
                 told = f"left whole, since {still[0]} is not trained"
-                self.diagnostics.append(Diagnostic("note", told, name=family.name))
-        if len(left) == len(groups.prunable):
-            raise PreconditionError("no family is left whose units could become zero")
+                self.diagnostics.append(Diagnostic("note", told, name=owner))
+        if whole and len(left) == len(whole):
+            what = "branch" if options.method == "h2spg" else "family"
+            raise PreconditionError(f"no {what} is left that could become zero, as all are frozen")
         return tuple(left)
 
-    def _frozen(self, left: tuple[str, ...]) -> list[str]:
-        """Tensors that are not trained, and that groups take to zero."""
+    def _prunable(self) -> dict[str, list[str]]:
+        """Families with groups, or branches that may go, and the tensors that they take to zero."""
         options = self.options
-        if not options.decay_frozen or options.method == "h2spg":
+        if options.method == "h2spg":
+            return {
+                branch.name: list(zeroed_by(self.program, [branch]).slices)
+                for branch in removable(self.ctx.analysis(Segments), options.exclude)
+            }
+        groups = self.ctx.analysis(ZeroInvariantGroups)
+        choice = Choice(options.include, options.exclude)
+        choice.check(groups, options.name)
+        return {
+            family.name: [part.name for part in family.zeroed or family.writers]
+            for family in groups.prunable
+        }
+
+    def _frozen(self, left: tuple[str, ...]) -> list[str]:
+        """Tensors that are not trained, and that groups or branches take to zero."""
+        options = self.options
+        if not options.decay_frozen:
             return []
-        choice = Choice(options.include, (*options.exclude, *left))
-        chosen, _ = choice.of(self.ctx.analysis(ZeroInvariantGroups))
         trained = set(choose_trainable(self.program, options.trainable, options.frozen))
-        names = (part.name for family in chosen for part in family.zeroed or family.writers)
-        return [name for name in dict.fromkeys(names) if name not in trained]
+        whole = self._prunable()
+        if options.method != "h2spg":
+            choice = Choice(options.include, (*options.exclude, *left))
+            chosen, _ = choice.of(self.ctx.analysis(ZeroInvariantGroups))
+            whole = {family.name: whole[family.name] for family in chosen}
+        taken = (name for owner, names in whole.items() if owner not in left for name in names)
+        return [name for name in dict.fromkeys(taken) if name not in trained]
 
     def _statistics(
         self, result: TrainingResult, optimizer: torch.optim.Optimizer

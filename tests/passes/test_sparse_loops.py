@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 import torchlathe as tl
 from tests.passes.sparse_models import ConvNet, Deep, Mlp, batches, groups_of, train
+from torchlathe.ir import InputError
 from torchlathe.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG, SparseOptimizer
 from torchlathe.passes import Segments
 
@@ -107,11 +109,12 @@ def test_accumulated_gradients_are_one_step() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_a_gradient_scaler_skips_whole_steps() -> None:
+@pytest.mark.parametrize(("kind", "place"), [("hesso", 3), ("cric", 20)])
+def test_a_gradient_scaler_skips_whole_steps(kind: str, place: int) -> None:
     torch.manual_seed(0)
     model = Mlp()
     data = batches((16, 6))
-    optimizer = made("cric", model, next(data)[0])
+    optimizer = made(kind, model, next(data)[0])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     skipped = 0
     for step in range(30):
@@ -120,7 +123,7 @@ def test_a_gradient_scaler_skips_whole_steps() -> None:
             loss = nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if step == 3:
+        if step == place:
             model.head.weight.grad.fill_(torch.inf)  # type: ignore[union-attr]
         before = optimizer.steps
         scaler.step(optimizer, loss=loss.detach())
@@ -129,6 +132,74 @@ def test_a_gradient_scaler_skips_whole_steps() -> None:
     assert skipped == 1
     assert optimizer.steps == 29
     assert optimizer.zero_groups == 16
+
+
+def test_probes_end_though_all_their_gradients_overflow() -> None:
+    torch.manual_seed(0)
+    model, plain = Mlp(), Mlp()
+    plain.load_state_dict(model.state_dict())
+    data = list(itertools.islice(batches((16, 6)), 30))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
+    with_scaler, alone = (made("cric", m, data[0][0]) for m in (model, plain))
+    assert isinstance(with_scaler, HESSOCRIC)
+    for x, y in data:
+        loss = nn.functional.cross_entropy(model(x), y)
+        with_scaler.zero_grad()
+        scaler.scale(loss).backward()
+        if with_scaler.stage == "probe":
+            model.head.weight.grad.fill_(torch.inf)  # type: ignore[union-attr]
+        scaler.step(with_scaler, loss=loss.detach())
+        scaler.update()
+        train(plain, alone, iter([(x, y)]), 1)
+    assert with_scaler.finished
+    # Scales are powers of two, and probes train nothing.
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7])
+def test_states_go_through_torch_distributed_checkpoint(stop: int) -> None:
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    torch.manual_seed(0)
+    model = Mlp()
+    data = list(itertools.islice(batches((16, 6)), 20))
+    optimizer = made("hesso", model, data[0][0])
+    train(model, optimizer, iter(data[:stop]), stop)
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
+    sparse = optimizer.sparse_state()
+    assert optimizer.steps == stop
+    train(model, optimizer, iter(data[stop:]), 20 - stop)
+
+    other = Mlp()
+    resumed = made("hesso", other, data[0][0])
+    other.load_state_dict(weights)
+    with pytest.raises(InputError, match="has no part for HESSO"):
+        dcp.set_optimizer_state_dict(other, resumed, saved)
+    resumed.load_sparse_state(sparse)
+    dcp.set_optimizer_state_dict(other, resumed, saved)
+    train(other, resumed, iter(data[stop:]), 20 - stop)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(optimizer.phase, resumed.phase)
+
+
+@pytest.mark.parametrize("kind", ["hspg", "dhspg"])
+def test_rates_of_parameter_groups_are_each_their_own(kind: str) -> None:
+    data = list(itertools.islice(batches((16, 6)), 20))
+    found = []
+    for order in (1, -1):
+        torch.manual_seed(0)
+        model = Mlp()
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 1e-2}][::order]
+        optimizer = made(kind, model, data[0][0], params=groups, base=torch.optim.SGD)
+        train(model, optimizer, iter(data), 20)
+        assert optimizer.zero_groups == optimizer.target
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=0, atol=0)
 
 
 def test_a_closure_is_called_once() -> None:

@@ -184,7 +184,8 @@ def sums(draw: Any) -> Sums:
 @given(given_sums=sums(), seed=st.integers(0, 2**31))
 def test_saliency_knows_no_order(given_sums: Sums, seed: int) -> None:
     order = torch.randperm(len(given_sums.sizes), generator=torch.Generator().manual_seed(seed))
-    shuffled = Sums(*(getattr(given_sums, f)[order] for f in vars(given_sums)))
+    names = ("weights", "products", "directions", "sizes")
+    shuffled = Sums(*(getattr(given_sums, name)[order] for name in names))
     scores = Saliency().scores(given_sums)
     # Norms over all groups are sums, in another order.
     torch.testing.assert_close(Saliency().scores(shuffled), scores[order], rtol=1e-12, atol=1e-14)
@@ -270,6 +271,19 @@ def test_half_space_never_projects_past_the_target() -> None:
     assert optimizer.zero_groups == optimizer.target
     train(model, optimizer, data, 4)
     assert optimizer.zero_groups == optimizer.target
+
+
+@pytest.mark.parametrize("make", [HSPG, DHSPG])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_few_steps_of_pruning_reach_the_target_too(make: Any, steps: int) -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    data = batches((16, 6))
+    optimizer = made(model, next(data)[0], make, pruning_steps=steps, start_step=1)
+    train(model, optimizer, data, steps + 1)
+    assert optimizer.finished
+    assert optimizer.zero_groups == optimizer.target
+    assert int(optimizer.table.zero().sum()) == optimizer.target
 
 
 # -- CRIC ------------------------------------------------------------------------------------------
@@ -399,6 +413,24 @@ def test_states_of_other_optimizers_and_of_earlier_versions_are_refused() -> Non
     state["sparse"]["saved"] = {"of_old": torch.zeros(3)}
     with pytest.raises(InputError, match=r"the weights of of_old, which no cycle"):
         cric.load_state_dict(state)
+
+
+def test_the_state_of_another_schedule_is_refused() -> None:
+    model = Mlp()
+    x = torch.randn(4, 6)
+    state = made(model, x, HESSO, pruning_steps=8, periods=2).state_dict()
+    with pytest.raises(InputError, match="'periods': 2"):
+        made(model, x, HESSO, pruning_steps=8, periods=4).load_state_dict(state)
+
+
+def test_copies_are_refused_and_tied_parameters_are_one() -> None:
+    model = Mlp()
+    optimizer = made(model, torch.randn(4, 6), HESSO)
+    with pytest.raises(TypeError, match="load its state_dict"):
+        copy.deepcopy(optimizer)
+    tensors = {**dict(model.named_parameters()), "again": model.head.weight}
+    found = HESSO(groups_of(model, torch.randn(4, 6)), tensors, lr=1e-2)
+    assert len(found.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
 def test_optim_is_public() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import torchlathe as tl
-from tests.passes.sparse_models import ConvNet, Mlp, batches
+from tests.passes.sparse_models import ConvNet, Deep, Mlp, batches
 from tests.passes.stacked_unets import StackedUnets
 from torchlathe.ir import OptionError, PreconditionError
 from torchlathe.passes import SparseTrain
@@ -104,6 +105,31 @@ def test_whole_branches() -> None:
     assert small.program.history[1].exactness == "exact"
 
 
+@pytest.mark.parametrize(
+    ("passes", "branches"),
+    [
+        ('sparse-train{method=h2spg,MORE,frozen=["blocks.1*"]}', {0, 2, 3}),
+        ("insert-lora{rank=2},sparse-train{method=h2spg,MORE,decay-frozen=true},merge-lora",
+         {0, 1, 2, 3}),
+    ],
+    ids=["frozen", "adapters"],
+)  # fmt: skip
+def test_branches_with_frozen_weights(passes: str, branches: set[int]) -> None:
+    torch.manual_seed(0)
+    model, data = Deep(), data_of((16, 6))
+    before = copy.deepcopy(model.state_dict())
+    more = "sparsity=0.4,steps=20,lr=0.01"
+    small = compiled(model, data, f"{passes.replace('MORE', more)},erase-operators{{zeros=true}}")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    records = {str(record.spec).partition("{")[0]: record for record in small.program.history}
+    assert records["sparse-train"].statistics["zero_branches"] >= 1
+    assert records["erase-operators"].statistics["erased_branches"] >= 1
+    assert records["erase-operators"].exactness == "exact"
+    left = {int(name.split(".")[1]) for name in small.program.parameters if "blocks" in name}
+    assert left >= {0, 1, 2, 3} - branches
+
+
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     data = data_of((16, 6))
     spec = "sparse-train{{steps=20,periods=2,checkpoint={},save_every=3}}"
@@ -158,10 +184,20 @@ def test_early_stopping_waits_for_the_zeros() -> None:
         ({"start": 0.5, "pruning": 0.6, "steps": 100}, "pruning ends after step 110"),
         ({"saliency": {"magnitud": 1.0}}, "no criterion magnitud"),
         ({"method": "hspg", "method_options": {"tolerance": 0.1}}, "hspg has no option tolerance"),
+        ({"method_options": {"target_sparsity": 0.1}}, "hesso has no option target_sparsity"),
         ({"optimizer": "Adamw"}, "no Adamw"),
         ({"periods": 0}, "periods=0"),
     ],
-    ids=["sparsity", "past-the-end", "shares", "criterion", "method-option", "base", "periods"],
+    ids=[
+        "sparsity",
+        "past-the-end",
+        "shares",
+        "criterion",
+        "method-option",
+        "own-option",
+        "base",
+        "periods",
+    ],
 )
 def test_bad_options_are_refused_before_any_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):

@@ -63,12 +63,16 @@ class Sums:
         products: ``sum x d``; a step subtracts a multiple of d from x.
         directions: ``sum d^2``.
         sizes: Number of elements.
+        moved: ``sum x (x - after)``; not the same as the products where rates differ.
+        rated: ``sum rate x^2``; of what nothing trains, at the first rate.
     """
 
     weights: torch.Tensor
     products: torch.Tensor
     directions: torch.Tensor
     sizes: torch.Tensor
+    moved: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    rated: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 @dataclass
@@ -206,18 +210,26 @@ class GroupTable:
                     _multiply_rows(self.places[i], rows, found.views[i])
 
     @torch.no_grad()
-    def subtract(self, factors: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+    def subtract(
+        self,
+        factors: torch.Tensor,
+        values: Mapping[str, torch.Tensor],
+        rates: Mapping[int, float],
+    ) -> None:
         """Subtract from each group a multiple of values; of several groups' the largest.
 
         Args:
             factors: Shape (groups,), at least 0.
             values: By name of the tensor, as `remember` gives them.
+            rates: As `sums` takes them; each multiplies the factors.
         """
         vector = torch.cat([factors, factors.new_zeros(1)])
+        first = next(iter(rates.values()), 0.0)
         for place in self.places:
             each = vector[place.owners].amax(1)
             if bool(each.any()):
                 tensor = local(place.tensor)
+                each = each * rates.get(id(place.tensor), first)
                 each = each.to(tensor.device, tensor.dtype).view(place.shape)
                 tensor.sub_(each * values[place.name])
 
@@ -258,24 +270,30 @@ class GroupTable:
         """
         found: dict[Any, torch.Tensor] = {}
         scratch = Scratch()
+        first = next(iter(rates.values()), 0.0)
         for place in self.places:
             x = before[place.name]
             total = found.get(place.shard.meshes)
             if total is None:
-                total = torch.zeros(3, self.count + 1, dtype=torch.float64)
+                total = torch.zeros(5, self.count + 1, dtype=torch.float64)
                 found[place.shard.meshes] = total
             rate = rates.get(id(place.tensor), 0.0)
             after = local(place.tensor) if rate else None
             values = sums_along(x, after, place.axis, scratch).to("cpu", torch.float64)
+            rows = values.new_zeros(5, values.shape[1])
+            rows[: len(values)] = values
+            rows[4] = rates.get(id(place.tensor), first) * values[0]
             if after is not None:
-                values *= torch.tensor([[1.0], [1 / rate], [1 / rate**2]], dtype=torch.float64)
+                rows[3] = values[1]
+                rows[1] /= rate
+                rows[2] /= rate**2
             for column in place.owners.T:
-                total[: len(values)].index_add_(1, column, values)
-        every = torch.zeros(3, self.count + 1, dtype=torch.float64)
+                total.index_add_(1, column, rows)
+        every = torch.zeros(5, self.count + 1, dtype=torch.float64)
         for meshes, total in found.items():
             every += all_reduced(total, meshes)
-        weights, products, squares = every[:, : self.count]
-        return Sums(weights, products, squares, self.sizes)
+        weights, products, squares, moved, rated = every[:, : self.count]
+        return Sums(weights, products, squares, self.sizes, moved, rated)
 
     # -- names -------------------------------------------------------------------------------
 

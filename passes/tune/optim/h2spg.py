@@ -28,7 +28,7 @@ from torchlathe.passes.tune.optim.sparse_optimizer import (
     trainable,
 )
 
-__all__ = ["H2SPG"]
+__all__ = ["H2SPG", "removable"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,32 @@ class _Slice:
         """In place."""
         mine = local(self.tensor)
         mine.index_copy_(self.axis, self.indices.to(mine.device), self.of(mine) * factor)
+
+
+def removable(graph: SegmentGraph, exclude: Sequence[str]) -> tuple[Branch, ...]:
+    """Branches that a network can do without.
+
+    Args:
+        graph: Of the network.
+        exclude: Names of those that stay.
+
+    Raises:
+        OptionError: There is none, or none of that name.
+    """
+    known = {b.name for b in graph.branches}
+    for name in exclude:
+        if name not in known:
+            raise OptionError(f"there is no branch {name}", where="H2SPG")
+    found = tuple(
+        b for b in graph.branches if not b.reason and not b.constant and b.name not in exclude
+    )
+    if not found:
+        raise OptionError(
+            "the network has no branch that it can do without",
+            where="H2SPG",
+            hint="torchlathe inspect MODEL --segments tells why each has to stay",
+        )
+    return found
 
 
 class H2SPG(WrappedOptimizer):
@@ -111,31 +137,13 @@ class H2SPG(WrappedOptimizer):
         self.target_sparsity = target_sparsity
         self.start_step, self.pruning_steps = start_step, pruning_steps
         tensors = named_tensors(model)
-        self._candidates = self._branches(exclude)
+        self._candidates = removable(groups, exclude)
         self._slices = {b.name: self._of(b, tensors) for b in self._candidates}
         self.steps = 0
         self.chosen: tuple[str, ...] = ()
         if params is None:
             params = trainable(model, tensors)
         super().__init__(params, base, options)
-
-    def _branches(self, exclude: Sequence[str]) -> tuple[Branch, ...]:
-        known = {b.name for b in self.graph.branches}
-        for name in exclude:
-            if name not in known:
-                raise OptionError(f"there is no branch {name}", where="H2SPG")
-        found = tuple(
-            b
-            for b in self.graph.branches
-            if not b.reason and not b.constant and b.name not in exclude
-        )
-        if not found:
-            raise OptionError(
-                "the network has no branch that it can do without",
-                where="H2SPG",
-                hint="torchlathe inspect MODEL --segments tells why each has to stay",
-            )
-        return found
 
     def _of(self, branch: Branch, tensors: Mapping[str, torch.Tensor]) -> list[_Slice]:
         """What is zero without a branch."""
@@ -166,6 +174,8 @@ class H2SPG(WrappedOptimizer):
 
     def step(self, closure: Any = None, *, loss: Any = None) -> Any:
         """One step of the base, and of the decay."""
+        if self._only_makes_state():
+            return self.base.step() if closure is None else self.base.step(closure)
         now = self.steps - self.start_step
         before = self._remember() if now == 0 else None
         result = self.base.step() if closure is None else self.base.step(closure)
@@ -206,7 +216,7 @@ class H2SPG(WrappedOptimizer):
         aim = Aim("parameters", self.target_sparsity * sizes)
         liveness = Liveness(self.program, self.graph)
         choose_branches(liveness, by_branch, aim)
-        self.chosen = tuple(b.name for b in liveness.effective)
+        self.chosen = tuple(b.name for b in liveness.effective if b.name in self._slices)
 
     @torch.no_grad()
     def _multiply(self, factor: float) -> None:
@@ -220,12 +230,7 @@ class H2SPG(WrappedOptimizer):
         """Steps done, and the branches that were chosen."""
         return {"steps": self.steps, "chosen": list(self.chosen)}
 
-    def load_sparse_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sparse_state` gave.
-
-        Raises:
-            InputError: It names branches that there are not.
-        """
+    def _take(self, state: Mapping[str, Any]) -> None:
         if unknown := [name for name in state["chosen"] if name not in self._slices]:
             raise InputError(f"the state names a branch {unknown[0]}, which this model has not")
         self.steps = int(state["steps"])

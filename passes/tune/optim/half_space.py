@@ -24,6 +24,7 @@ from torchlathe.passes.tune.optim.sparse_optimizer import (
     LEAVING,
     Memory,
     SparseOptimizer,
+    rates_of,
 )
 
 __all__ = ["DHSPG", "HSPG", "outside_half_space", "penalties", "redundancy"]
@@ -103,11 +104,14 @@ class _HalfSpace(SparseOptimizer):
                 hint="use HESSO for divisible",
             )
         super().__init__(groups, model, **options)
-        self.adaptive = "Adam" in type(self.base).__name__
+        # All others divide each direction by how large it usually is, as Adam does.
+        plain = (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)
+        self.adaptive = not isinstance(self.base, plain)
         usual = 1e-2 if self.adaptive else 1e-3
         self.penalty = usual if penalty is None else penalty
         self.epsilon = epsilon
-        self.settle_steps = self.pruning_steps // 4 if settle_steps is None else settle_steps
+        usual_steps = max(1, self.pruning_steps // 4)
+        self.settle_steps = usual_steps if settle_steps is None else settle_steps
         if not 0 <= epsilon < 1 or self.penalty < 0:
             raise OptionError(
                 f"epsilon is {epsilon} and penalty {self.penalty}, but they must be in [0, 1) and "
@@ -164,20 +168,16 @@ class _HalfSpace(SparseOptimizer):
     def _projects(self) -> bool:
         return True
 
-    def _rate(self) -> float:
-        """The learning rate; of parameter groups with several, the first."""
-        return float(self.param_groups[0].get("lr", 1.0))
-
     def _project(self, before: Memory, sums: Sums) -> None:
         """Shrink what is penalised along itself, and zero what leaves its half space."""
-        rate = self._rate()
         active = self.penalised & (self.phase == KEPT) & (sums.weights > 0)
         norms = sums.weights.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-        shrink = torch.where(active, rate * self._penalties(sums) / norms, 0.0)
-        self.table.subtract(shrink, before)
+        # Times the rate of each parameter, as the direction of the step is.
+        shrink = torch.where(active, self._penalties(sums) / norms, 0.0)
+        self.table.subtract(shrink, before, rates_of(self.param_groups))
         if not self._projects():
             return
-        products = sums.weights - rate * sums.products - shrink * sums.weights
+        products = sums.weights - sums.moved - shrink * sums.rated
         outside = active & outside_half_space(products, sums.weights, self.epsilon)
         # Never more than are still to go: of n groups at a share of s, floor(n (target - s)).
         room = min(self.target - self.zero_groups, int(outside.sum()))
@@ -204,9 +204,8 @@ class _HalfSpace(SparseOptimizer):
         own = {"penalised": self.penalised.clone(), "epsilon": self.epsilon}
         return super().sparse_state() | own
 
-    def load_sparse_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sparse_state` gave."""
-        super().load_sparse_state(state)
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
         self.penalised = state["penalised"].clone().to("cpu", torch.bool)
         self.epsilon = float(state["epsilon"])
 
@@ -223,11 +222,11 @@ class HSPG(_HalfSpace):
     Args:
         groups: See `SparseOptimizer`, as for all that is not here.
         model: The module.
-        penalty: Lambda; 1e-3, or 1e-2 with the directions of Adam.
+        penalty: Lambda; 1e-2, or 1e-3 where the base is SGD.
         epsilon: Of the half space, in [0, 1), to begin with.
         project_step: Steps of pruning before the first projection; a quarter of them by default.
         adapt_every: Steps after which epsilon grows if the sparsity grew by less than 0.01.
-        settle_steps: Steps of the last stretch; a quarter by default, 0 for none.
+        settle_steps: Steps of the last stretch; a quarter by default, and one at least; 0 for none.
         options: Of `SparseOptimizer`, and of the base.
 
     Source: arXiv 2107.07467, algorithm 2 and its code; the count of projected groups corrected.
@@ -270,9 +269,8 @@ class HSPG(_HalfSpace):
         """Where the pruning is, and the sparsity that epsilon was last judged by."""
         return super().sparse_state() | {"seen": self._seen}
 
-    def load_sparse_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sparse_state` gave."""
-        super().load_sparse_state(state)
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
         self._seen = float(state["seen"])
 
 
@@ -288,12 +286,12 @@ class DHSPG(_HalfSpace):
     Args:
         groups: See `SparseOptimizer`, as for all that is not here.
         model: The module.
-        penalty: The least lambda; 1e-3, or 1e-2 with the directions of Adam.
-        amplify: Times the lower end of the window; 2, or 20 with Adam.
-        most: The largest lambda over the least; 10, or 1,000 with Adam.
+        penalty: The least lambda; 1e-2, or 1e-3 where the base is SGD.
+        amplify: Times the lower end of the window; 20, or 2 where the base is SGD.
+        most: The largest lambda over the least; 1,000, or 10 where the base is SGD.
         epsilon: Of the half space, in [0, 1).
         tolerance: Share of all groups that is penalised beyond the target.
-        settle_steps: Steps of the last stretch; a quarter by default, 0 for none.
+        settle_steps: Steps of the last stretch; a quarter by default, and one at least; 0 for none.
         options: Of `SparseOptimizer`, and of the base.
 
     Source: arXiv 2303.06862, algorithm 3 and its code.

@@ -43,8 +43,8 @@ class HESSO(SparseOptimizer):
     Groups that are zero stay so, whatever momentum and weight decay do; all else trains as ever.
 
     Saliency is computed once a period, from the weights before a step and what the base did to
-    them, so a step costs one multiplication per tensor, and a copy of the prunable tensors lives
-    for one step per period.
+    them, so a step costs one multiplication per tensor. A copy of the prunable tensors is held
+    until the last period ends.
 
     Args:
         groups: See `SparseOptimizer`, as for all that is not here.
@@ -73,6 +73,10 @@ class HESSO(SparseOptimizer):
             )
         super().__init__(groups, model, pruning_steps=pruning_steps, **options)
         self.periods = periods
+
+    def schedule(self) -> dict[str, int]:
+        """When groups go."""
+        return super().schedule() | {"periods": self.periods}
 
     @property
     def period_steps(self) -> int:

@@ -9,7 +9,7 @@ redundant in its place is tried as well, until nothing new does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -129,6 +129,11 @@ class HESSOCRIC(SparseOptimizer):
                 hint="fewer sampling_steps, max_cycles or pruning_steps",
             )
 
+    def schedule(self) -> dict[str, int]:
+        """When groups go."""
+        own = {"sampling_steps": self.sampling_steps, "max_cycles": self.max_cycles}
+        return super().schedule() | own
+
     @property
     def decays(self) -> bool:
         """Whether it is known which groups go, and they do."""
@@ -140,6 +145,28 @@ class HESSOCRIC(SparseOptimizer):
         return self.stage == "done"
 
     # -- stepping ----------------------------------------------------------------------------
+
+    # A gradient scaler leaves out steps whose gradients overflow; those of a probe may do so each
+    # time, and it would never end. So overflows are this optimizer's to look at.
+    _step_supports_amp_scaling = True
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: torch.Tensor | float | None = None,
+    ) -> Any:
+        """One step, as of `SparseOptimizer`; the loss has to be known."""
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            if self.stage != "probe":
+                return None
+        elif scale is not None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(1 / float(scale))
+        return super().step(closure, loss=loss)
 
     def _base_step(self, closure: Any) -> Any:
         if self.stage == "probe":
@@ -282,19 +309,14 @@ class HESSOCRIC(SparseOptimizer):
         saved = {name: value.clone() for name, value in self._saved.items()}
         return super().sparse_state() | own | {"saved": saved}
 
-    def load_sparse_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sparse_state` gave.
-
-        Raises:
-            InputError: It is of other groups, or has weights that the model has not.
-        """
+    def _take(self, state: Mapping[str, Any]) -> None:
         if unknown := [name for name in state["saved"] if name not in self._all]:
             raise InputError(
                 f"the state has the weights of {unknown[0]}, which no cycle of this model changes",
                 hint="load it into the model that it was saved with, with the same parameters "
                 "frozen",
             )
-        super().load_sparse_state(state)
+        super()._take(state)
         for name in self._KEPT_STATE:
             value = state[name]
             setattr(self, name, value.clone() if isinstance(value, torch.Tensor) else value)

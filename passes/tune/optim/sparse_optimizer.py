@@ -17,7 +17,7 @@ from torchlathe.passes.rewrite.allocation.ladders import Floors
 from torchlathe.passes.rewrite.erasing.choosing import Choice
 from torchlathe.passes.tune.optim.groups import GroupTable, Sums, named_tensors
 from torchlathe.passes.tune.optim.saliency import Saliency, saliency_of
-from torchlathe.passes.tune.optim.shards import is_sharded
+from torchlathe.passes.tune.optim.shards import is_sharded, local
 
 __all__ = [
     "GONE",
@@ -66,6 +66,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 hint=did_you_mean(unknown[0], [*own, *known]),
             ) from error
         super().__init__(self.base.param_groups, self.base.defaults)
+        self._given_state: Mapping[str, Any] | None = None
         self._share()
 
     def _share(self) -> None:
@@ -76,6 +77,25 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """As the base does."""
         self.base.zero_grad(set_to_none)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copies: the groups are of this model's tensors.
+
+        Raises:
+            TypeError: Always.
+        """
+        name = type(self).__name__
+        raise TypeError(f"{name} cannot be copied; load its state_dict() into another {name}")
+
+    def _only_makes_state(self) -> bool:
+        """Whether a step is the one by which torch.distributed.checkpoint makes the base's state.
+
+        It has no rate and no gradients, and is no step of the training.
+        """
+        if self.base.state or any(float(group.get("lr", 1.0)) for group in self.param_groups):
+            return False
+        grads = (p.grad for group in self.param_groups for p in group["params"])
+        return not any(bool(local(grad).any()) for grad in grads if grad is not None)
+
     def state_dict(self) -> dict[str, Any]:
         """The base's state, and under "sparse" what `sparse_state` says."""
         return {**self.base.state_dict(), "sparse": self.sparse_state()}
@@ -83,17 +103,21 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; the model has its own.
 
+        Where another has left the part "sparse" out, as torch.distributed.checkpoint does, it is
+        that which `load_sparse_state` was given before.
+
         Raises:
             InputError: The state is not of an optimizer like this one.
         """
-        if "sparse" not in state_dict:
+        sparse = state_dict.get("sparse", self._given_state)
+        if sparse is None:
             raise InputError(
                 f"the state has no part for {type(self).__name__}",
                 hint=f"load it into {type(self.base).__name__}, or give the state_dict() of a "
-                f"{type(self).__name__}",
+                f"{type(self).__name__}; of torch.distributed.checkpoint, which leaves that part "
+                "out, keep sparse_state() too, and give it to load_sparse_state() first",
             )
-        self._check_state(state_dict["sparse"])
-        self.load_sparse_state(state_dict["sparse"])
+        self.load_sparse_state(sparse)
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "sparse"})
         self._share()
 
@@ -115,9 +139,19 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def sparse_state(self) -> dict[str, Any]:
         """Numbers and tensors by name, besides the base's state."""
 
-    @abstractmethod
     def load_sparse_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sparse_state` gave."""
+        """Take over what `sparse_state` gave.
+
+        Raises:
+            InputError: It is of another model, or was saved with other options.
+        """
+        self._check_state(state)
+        self._take(state)
+        self._given_state = state
+
+    @abstractmethod
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that has all its parts."""
 
 
 class SparseOptimizer(WrappedOptimizer):
@@ -233,6 +267,8 @@ class SparseOptimizer(WrappedOptimizer):
             loss: Of this step's batch, for optimizers that look at it (`HESSOCRIC`); what the
                 closure returns, if there is one.
         """
+        if self._only_makes_state():
+            return self.base.step() if closure is None else self.base.step(closure)
         before = self._before()
         result = self._base_step(closure)
         if loss is None:
@@ -310,18 +346,24 @@ class SparseOptimizer(WrappedOptimizer):
 
     def sparse_state(self) -> dict[str, Any]:
         """Where the pruning is: steps done, and the phase of each group."""
-        return {"steps": self.steps, "phase": self.phase.clone(), "target": self.target}
+        schedule = self.schedule()
+        phase = self.phase.clone()
+        return {"steps": self.steps, "phase": phase, "target": self.target, "schedule": schedule}
 
-    def load_sparse_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sparse_state` gave.
+    def schedule(self) -> dict[str, int]:
+        """When groups go."""
+        return {"start_step": self.start_step, "pruning_steps": self.pruning_steps}
 
-        Raises:
-            InputError: It is of other groups, or of another target.
-        """
+    def _take(self, state: Mapping[str, Any]) -> None:
         if state["phase"].shape != self.phase.shape or state["target"] != self.target:
             raise InputError(
                 f"the state is of {len(state['phase'])} groups of which {state['target']} become "
                 f"zero, but here are {len(self.phase)} and {self.target}",
+                hint="make the optimizer with the options that the state was saved with",
+            )
+        if state["schedule"] != self.schedule():
+            raise InputError(
+                f"the state was saved with {state['schedule']}, but here is {self.schedule()}",
                 hint="make the optimizer with the options that the state was saved with",
             )
         self.steps = int(state["steps"])
@@ -410,7 +452,8 @@ def trainable(
 ) -> list[dict[str, Any]]:
     """Parameter groups of the parameters that ask for gradients."""
     found = model.parameters() if isinstance(model, nn.Module) else tensors.values()
-    wanted = [p for p in found if p.requires_grad]
+    # Tied ones have several names.
+    wanted = list({id(p): p for p in found if p.requires_grad}.values())
     # Many kernels take either whole or sharded tensors, but not both at once.
     sharded = [p for p in wanted if is_sharded(p)]
     whole = [p for p in wanted if not is_sharded(p)]
