@@ -40,13 +40,14 @@ Everything trains from scratch for the same number of steps, on the same data; t
 groups is zero at the end, and no family keeps less than the default of `keep_at_least`. *Magnitude,
 one shot* trains half of the steps, makes the groups of the lowest norm zero at once, and fine-tunes
 for the other half; Torch-Pruning does so with its own groups, of which it takes the same share, in
-small steps without training in between (in one step its bound on a layer does not hold). How the ViT is trained was chosen on a part of the training images, for the
-dense net and for HESSO; nothing was chosen for the other methods. (Each seed splits the images anew,
-so that images it was chosen on are test images of other seeds. Two seeds of an earlier form,
-whose patches did not overlap, had been measured on the test images before: HESSO was 1.3 and 1.7
-points below dense, and the search went on.) Mean over seeds with the 95 % interval of the mean
-(Student's t), and in brackets the share of the parameters that is left: methods take different
-groups, so the share differs at one sparsity. The largest difference of an output between trained
+small steps without training in between (in one step its bound on a layer does not hold). How the
+ViT is trained was chosen on a part of the training images, for the dense net and for HESSO; nothing
+was chosen for the other methods. (Each seed splits the images anew, so that images it was chosen on
+are test images of other seeds. Two seeds of an earlier form, whose patches did not overlap, had been
+measured on the test images before: HESSO was 1.3 and 1.7 points below dense, and the search went
+on.) Mean over seeds with the 95 % interval of the mean (Student's t), and in brackets the share of
+the parameters that is left: methods take different groups, so the share differs at one sparsity.
+The largest difference of an output between trained
 and erased models, over the largest output, was {error:.1e}.
 
 ![quality against the share of groups that is zero](sparse_training.svg)
@@ -96,8 +97,8 @@ Over a step of AdamW on an encoder of 12 layers ({parameters:.1f} M parameters, 
 one of the base and one of HESSO in turn; medians of the ratio. *Decay* and *zero* are steps while
 groups leave and after; *choosing* is the first step of a period. The last two columns are sums over
 all steps of two periods of 50: over the steps of the optimizer, and over training steps (batch 8 of
-32 tokens). *Before*, HESSO does nothing: what is not 1.00 there is how exact the others are. Zeroing
-moves each prunable weight through memory once, so its share is the larger the less the base does;
+32 tokens). *Before*, HESSO does nothing: what is not 1.00 there is how exact the others are.
+Zeroing moves each prunable weight through memory once, so its share is the larger the less the base does;
 *foreach* and *fused* are torch's options of AdamW.
 """
 
