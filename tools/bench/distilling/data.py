@@ -108,6 +108,7 @@ TASKS: Final = {
     "digits, features": Task("digits", Mlp, 96, 300),
     "breast cancer": Task("breast_cancer", Mlp, 96, 100),
     "wine": Task("wine", Mlp, 96, 100),
+    "iris": Task("iris", Mlp, 96, 100),
 }
 
 
