@@ -96,8 +96,7 @@ def _of_task(
         yield f"{task}|dense|0|{seed}", partial(_row, task, "dense", 0.0, seed)
         for method in [m for m in METHODS if m != "dense"]:
             yield f"{task}|{method}|{sparsity}|{seed}", partial(_row, task, method, sparsity, seed)
-        if task.startswith("digits"):
-            yield f"{task}|{PEER}|{sparsity}|{seed}", partial(_peer, task, sparsity, seed)
+        yield f"{task}|{PEER}|{sparsity}|{seed}", partial(_peer, task, sparsity, seed)
 
 
 def _peer(task: str, sparsity: float, seed: int) -> dict[str, Any]:
