@@ -66,7 +66,7 @@ def test_rows_are_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert f"| {name} |" in text
     for title in ABLATIONS:
         assert title[1:] in text
-    assert "32 show no significant difference" in text
+    assert "40 show no significant difference" in text
 
 
 def test_the_page_is_made_of_the_results() -> None:
