@@ -280,12 +280,14 @@ def _overhead(spent: dict[str, Any]) -> str:
         added = [f"+{100 * period:.0f} %", f"+{100 * share:.1f} %"]
         lines.append([label, f"{row['base_ms']:.0f} ms", *ratios, *added])
     heads = ["base", "its step", "before", "decay", "choosing", "zero", "optimizer", "training"]
+    above = [label for name, label in BASES.items() if spent.get(name, {}).get("periods", 0) > 1.15]
+    told = f"\nOver {' and '.join(above)} it is more than 15 % of the step.\n" if above else ""
     memory = (
         f"\nMemory: {spent['lasting_bytes'] / 2**20:.1f} MiB throughout; while groups go, "
         f"{spent['copy_bytes'] / 2**20:.0f} MiB more, one copy of the "
         f"{spent['prunable_bytes'] / 2**20:.0f} MiB of prunable parameters.\n"
     )
-    return _table(heads, lines) + memory
+    return _table(heads, lines) + told + memory
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
