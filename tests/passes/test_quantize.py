@@ -345,3 +345,24 @@ def test_nothing_to_quantise() -> None:
     program = capture(nn.ReLU(), (torch.randn(2, 3),))
     after = PassManager("quantize").run(program)
     assert not after.history[-1].changed
+
+
+def test_layers_are_chosen_by_family() -> None:
+    layers = [nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8)]
+    program = capture(nn.Sequential(*layers).eval(), (torch.randn(2, 16),))
+    for spec, expected in (
+        ('quantize{include=["0.weight:0"]}', {"0.weight", "2.weight"}),
+        ('quantize{exclude=["2.weight:0"]}', {"0.weight"}),
+        ('quantize{include=["2.weight:1"]}', {"0.weight", "2.weight"}),
+        ('sparsify-nm{method=magnitude,include=["2.weight:0"]}', {"2.weight", "4.weight"}),
+        ('low-rank-split{method=svd,rank=2,include=["2.weight:0"]}', {"2.weight", "4.weight"}),
+    ):
+        after = PassManager(spec).run(program)
+        same = {
+            name
+            for name in program.parameters
+            if name in after.parameters and torch.equal(after.tensor(name), program.tensor(name))
+        }
+        assert {"0.weight", "2.weight", "4.weight"} - same == expected, spec
+    with pytest.raises(Error, match="no family of one"):
+        PassManager('quantize{include=["9.weight:0"]}').run(program)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 from torchlathe.ir import Program
+from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.factorising.allotting import Allotment, Wanted, allot, uniform
 from torchlathe.passes.rewrite.factorising.amounts import SplitOptions
@@ -182,6 +183,7 @@ class LowRankSplit(SplitOptions, RewritePass):
             self.exclude,
             embeddings=whole_model if self.embeddings is None else self.embeddings,
             where=self.name,
+            families=lambda: ctx.analysis(ZeroInvariantGroups),
         )
         diagnostics: list[Diagnostic] = []
         if not sites:

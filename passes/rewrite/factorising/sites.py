@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import fx
 from torchlathe.ir import InputError, OptionError, Program, TensorKind, module_path
 from torchlathe.ir.axes.rule import argument
 from torchlathe.ir.provenance import info
+from torchlathe.passes.analysis.families import Families
 
 __all__ = [
     "Kind",
@@ -234,20 +235,38 @@ def chosen_sites(
     *,
     embeddings: bool,
     where: str,
+    families: Callable[[], Families] | None = None,
 ) -> tuple[list[Site], dict[str, str]]:
     """Those that the patterns name, and reasons for the others that they name.
+
+    Args:
+        sites: All that there are.
+        reasons: Of other parameters, why they are none.
+        include: Patterns of parameters, modules or families; none for all.
+        exclude: Likewise.
+        embeddings: Whether those are among them that no pattern names.
+        where: Whose patterns they are.
+        families: Of the program, asked for where a pattern has a colon, as names of families do:
+            it names the layers that write or read them.
 
     Raises:
         OptionError: A pattern matches nothing.
     """
     names = {site: set(_names(site)) for site in sites}
+    if families is not None and any(":" in pattern for pattern in (*include, *exclude)):
+        for family in families():
+            axes = {family.name, *(f"{part.name}:{part.axis}" for part in family.slices)}
+            owned = {part.name for part in family.slices}
+            for site in sites:
+                names[site] |= axes if site.weight in owned else set()
     plain = {name: {name} for name in reasons}
     for pattern in (*include, *exclude):
         every: Iterable[set[str]] = (*names.values(), *plain.values())
         if not any(fnmatch.filter(found, pattern) for found in every):
             known = ", ".join(site.weight for site in sites[:4])
             raise OptionError(
-                f"the pattern {pattern!r} matches no layer that has a matrix",
+                f"the pattern {pattern!r} matches no layer that has a matrix"
+                + (", and no family of one" if ":" in pattern and families is not None else ""),
                 where=where,
                 hint=f"parameters are {known}, ..." if known else "there is none",
             )

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from torchlathe.ir import OptionError, Program
+from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.base import Diagnostic, Exactness, Fact, PassContext, PassResult, RewritePass
 from torchlathe.passes.quantities import quantity
 from torchlathe.passes.rewrite.allocation.budgets import UNITS
@@ -138,10 +139,11 @@ class Quantize(RewritePass):
         metadata={"help": "quantise embeddings too, and what is tied to them"},
     )
     include: tuple[str, ...] = field(
-        default=(), metadata={"help": "quantise only these: patterns of tensors or modules"}
+        default=(),
+        metadata={"help": "quantise only these: patterns of tensors, modules or families"},
     )
     exclude: tuple[str, ...] = field(
-        default=(), metadata={"help": "leave these alone: patterns of tensors or modules"}
+        default=(), metadata={"help": "leave these alone: patterns of tensors, modules or families"}
     )
     damping: float = field(
         default=0.01,
@@ -239,6 +241,7 @@ class Quantize(RewritePass):
             self.exclude,
             embeddings=self.embeddings,
             where=self.name,
+            families=lambda: ctx.analysis(ZeroInvariantGroups),
         )
         left = {name: reason.replace("splits", "quantises") for name, reason in left.items()}
         if self.balance != "none":

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from torchlathe.ir import Edit, OptionError, Program
+from torchlathe.passes.analysis.families import ZeroInvariantGroups
 from torchlathe.passes.base import Diagnostic, Exactness, PassContext, PassResult, RewritePass
 from torchlathe.passes.rewrite.factorising.sites import (
     Site,
@@ -66,10 +67,10 @@ class SparsifyNM(RewritePass):
     )
     embeddings: bool = field(default=False, metadata={"help": "take embeddings too"})
     include: tuple[str, ...] = field(
-        default=(), metadata={"help": "only these: patterns of tensors or modules"}
+        default=(), metadata={"help": "only these: patterns of tensors, modules or families"}
     )
     exclude: tuple[str, ...] = field(
-        default=(), metadata={"help": "leave these alone: patterns of tensors or modules"}
+        default=(), metadata={"help": "leave these alone: patterns of tensors, modules or families"}
     )
     damping: float = field(
         default=0.01,
@@ -112,6 +113,7 @@ class SparsifyNM(RewritePass):
             self.exclude,
             embeddings=self.embeddings,
             where=self.name,
+            families=lambda: ctx.analysis(ZeroInvariantGroups),
         )
         refuse_not_finite(program, sites)
         wanted = []
