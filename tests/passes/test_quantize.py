@@ -278,6 +278,21 @@ def test_a_budget_chooses_bits_for_each_layer() -> None:
     assert error_of(program, after, data[0]) < error_of(program, four, data[0])
 
 
+def test_a_budget_is_kept_where_a_group_spans_a_row() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)).eval()
+    x = torch.randn(20, 128)
+    program = capture(model, (x,))
+    # Between what four bits take with scales of 16 bits a row, and with the 32 that a row has.
+    after = run("quantize{scheme=w4a16,bytes=0.137}", program, [x])
+    whole = program.cost().bytes
+    assert after.cost().bytes <= 0.137 * whole
+    dense = sum(t.nbytes for name, t in program.parameters.items() if "bias" in name)
+    assert after.history[-1].statistics["bytes_of_layers"] == after.cost().bytes - dense
+    with pytest.raises(Error, match="is the least that these layers and schemes allow"):
+        run("quantize{scheme=w4a16,bytes=0.1345}", program, [x])
+
+
 def test_a_budget_below_the_least_is_refused() -> None:
     _, program, data = tied()
     with pytest.raises(Error, match="is the least that these layers and schemes allow"):

@@ -149,9 +149,8 @@ def _of_bytes(
     rest = whole - sum(dense.values())
 
     def price(site: Site, scheme: Scheme) -> float:
-        # The one scale for all that nvfp4 has is no matter of rows.
-        more = 4 if scheme.format.scales == "e4m3" else 0
-        return scheme.bits_of(site.outs * site.groups, site.ins) / 8 + more
+        layout = scheme.layout(site.ins, program.tensor(site.weight).dtype)
+        return float(layout.nbytes(site.outs * site.groups))
 
     most = quantity(asked, BYTES, name="bytes", where=where).of(whole)
     limit = _Limit("bytes", dense, price, most - rest, lambda amount: f"{amount + rest:,.0f}")

@@ -379,7 +379,7 @@ def _plans(
             small.append(site.weight)
             own = replace(own, group=0)
         rows, weight = site.outs * site.groups, program.tensor(site.weight)
-        if own.bits_of(rows, site.ins) >= 8 * weight.numel() * weight.element_size():
+        if own.layout(site.ins, weight.dtype).nbytes(rows) >= weight.nbytes:
             left[site.weight] = "its numbers and scales would take no fewer bytes"
             continue
         plans[site] = own
