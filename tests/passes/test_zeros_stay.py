@@ -132,10 +132,18 @@ def test_weights_and_data_that_are_not_finite(value: float) -> None:
     broken = [*data[:-1], data[-1].clone()]
     broken[-1][3, 5] = value
     program = capture(model, (data[0],), dynamic_shapes="auto")
-    for spec in ("quantize{method=gptq}", "sparsify-nm"):
+    for spec in (
+        "quantize{method=gptq}",
+        "quantize{balance=smoothquant}",
+        "quantize{scheme=w4a16,group=32,balance=awq,insert=true}",
+        "sparsify-nm",
+        "sparsify-nm{method=wanda}",
+    ):
         with pytest.raises(Error, match=r"first\.weight.*not finite") as caught:
             PassManager(spec).run(program, calibration=broken)
         assert "calibration data" in str(caught.value)
+    with pytest.raises(Error, match=r"first\.weight.*not finite"):
+        PassManager("quantize{bytes=0.5}").run(program, calibration=[broken[-1]])
     with torch.no_grad():
         model.second.weight[1, 2] = value
     program = capture(model, (data[0],), dynamic_shapes="auto")

@@ -35,6 +35,7 @@ from torchlathe.passes.rewrite.quantising.writing import DEQUANTIZE, Written, ma
 from torchlathe.passes.rewrite.sweeping.masking import Masking
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern
 from torchlathe.passes.rewrite.sweeping.sweep import (
+    check_finite,
     damping_of,
     naming,
     order_by_activity,
@@ -237,6 +238,7 @@ def _one(
     sweeps: bool,
 ) -> tuple[Quantised, tuple[float, float, float], float]:
     """One matrix, its errors as `Outcome` has them, and the damping."""
+    check_finite(moment)
     counts = moment.diagonal()
     grids = grids_of(
         weight,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchlathe.passes.rewrite.sweeping.masking import Masking
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern
-from torchlathe.passes.rewrite.sweeping.sweep import relative_error, sweep
+from torchlathe.passes.rewrite.sweeping.sweep import check_finite, relative_error, sweep
 
 __all__ = ["Method", "Solved", "scores", "solve"]
 
@@ -73,7 +73,12 @@ def solve(
     Returns:
         The result, whose error is never above that of masks by Wanda's scores for ``"sparsegpt"``:
         where the damped sweep would do worse, it gives those.
+
+    Raises:
+        Error: The moment is not finite.
     """
+    if moment is not None:
+        check_finite(moment)
     kind = torch.promote_types(weight.dtype, torch.float32)
     wide = weight.to(kind if moment is None else moment.dtype)
     plain = pattern.mask(scores(wide, None, "magnitude"))

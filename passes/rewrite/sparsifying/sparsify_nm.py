@@ -145,7 +145,7 @@ class SparsifyNM(RewritePass):
                 of = {reader.node: site for site, reader in known.items()}
                 for arrival in arrivals(program, batches, list(known.values())):
                     site = of[arrival.reader.node]
-                    with naming(site.weight):
+                    with naming(site.weight, "made sparse"):
                         self._one(edit, ctx, site, arrival, len(sites), found)
                     _warn_of_few(ctx, site, min(arrival.counts))
         return [found[site] for site in sites]
