@@ -262,6 +262,34 @@ def test_balancing_helps_where_channels_are_large(spec: str) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("spec", [
+    "quantize{balance=smoothquant,insert=true}",
+    "quantize{scheme=w4a16,group=32,balance=awq,insert=true}",
+])  # fmt: skip
+def test_what_layers_read_may_be_an_input_or_a_tensor_of_the_model(spec: str) -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(7, 64))
+            self.first, self.second = nn.Linear(64, 32), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((self.first(x), self.second(self.queries)))
+
+    torch.manual_seed(0)
+    model = Queries().eval()
+    data = [torch.randn(40, 64) for _ in range(3)]
+    with torch.no_grad():
+        for values in (*data, model.queries):
+            values[:, :3] *= 60
+    program = capture(model, (data[0],))
+    before = run(spec.replace("insert=true", "insert=false"), program, data)
+    after = run(spec, program, data)
+    assert after.history[-1].statistics["balanced"] == 2
+    errors = [sum(error_of(program, found, x) for x in data) for found in (before, after)]
+    assert errors[1] < errors[0]
+
+
 # -- budgets -------------------------------------------------------------------------------------
 
 
