@@ -257,7 +257,7 @@ class Quantize(RewritePass):
         bytes_before = program.cost().bytes
         moved: dict[str, int | float | str] = {}
         if self.rotate:
-            moved["rotated"] = rotate(program, ctx)
+            moved["rotated"] = _rotated(program, ctx)
         if self.balance != "none":
             moved |= balance(program, ctx, plans, self.balance, self.clip, insert=self.insert)
         readers = readers_of(program) if self.method == "gptq" else None
@@ -388,6 +388,26 @@ def _plans(
         text = f"one scale a row, for rows shorter than a group of {scheme.group}: {listed(small)}"
         told.append(Diagnostic("warning", text, name=small[0]))
     return plans, told
+
+
+def _rotated(program: Program, ctx: PassContext) -> int:
+    """The channels of the stream that was rotated; what that does to zeros is told."""
+    before = {
+        name: _zeros(weight) for name, weight in program.parameters.items() if weight.dim() > 1
+    }
+    channels = rotate(program, ctx)
+    lost = [name for name, zeros in before.items() if zeros > _zeros(program.tensor(name))]
+    if lost:
+        text = (
+            f"{len(lost)} weights had zeros that the rotation did not keep: {listed(lost)}; make "
+            "zeros in the sweep (pattern), or leave rotate out"
+        )
+        ctx.tell(Diagnostic("warning", text, name=lost[0]))
+    return channels
+
+
+def _zeros(weight: torch.Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
 
 
 def _statistics(

@@ -271,18 +271,18 @@ def _zeros(
     The sweep is of the matrix several times below itself.
     """
     shape = (times * matrix.shape[0], matrix.shape[1])
+    # What is zero was made so, and stays.
     kept = matrix != 0
+    below = kept.repeat(times, 1)
     site = job.written.site
     if how.pattern is not None and how.pattern.why_not(len(matrix), site.channels) is None:
         # Neighbours stand next to each other in the order of the sweep.
         near = site.channels_last(matrix.device)
         scores = (matrix.square() * moment.diagonal().clamp_min(0))[:, near]
-        plain = how.pattern.mask(scores)[:, near.argsort()]
-        return near, Masking(shape, pattern=how.pattern), plain
+        plain = how.pattern.mask_among(kept[:, near], scores)[:, near.argsort()]
+        return near, Masking(shape, pattern=how.pattern, mask=below), plain
     order = order_by_activity(moment) if how.act_order else None
-    # What is zero was made so, and stays.
-    masking = None if bool(kept.all()) else Masking(shape, mask=kept.repeat(times, 1))
-    return order, masking, kept
+    return order, None if bool(kept.all()) else Masking(shape, mask=below), kept
 
 
 # -- checkpoints -----------------------------------------------------------------------------

@@ -92,8 +92,12 @@ def solve(
     if method == "wanda":
         return Solved(masked, mask, error, magnitude)
     # Blocks span rows and columns that the sweep has passed, so that their mask comes first.
-    known = mask if pattern.kind == "block" else None
-    projection = Masking((wide.shape[0], wide.shape[1]), pattern=pattern, mask=known)
+    known = pattern.kind == "block"
+    projection = Masking(
+        (wide.shape[0], wide.shape[1]),
+        pattern=None if known else pattern,
+        mask=mask if known else torch.ones_like(mask),
+    )
     swept = sweep(wide, moment, projection, damping=damping)
     after = relative_error(wide, swept.weight, moment)
     if after > error:
