@@ -28,11 +28,12 @@ from torchlathe.passes.rewrite.quantising.rotating import rotate
 from torchlathe.passes.rewrite.quantising.schemes import SCHEMES, Scheme, scheme_of
 from torchlathe.passes.rewrite.quantising.streaming import Gptq, Job, Outcome, stream
 from torchlathe.passes.rewrite.quantising.writing import Written, matrix_of, write
+from torchlathe.passes.rewrite.sweeping.calls import readers_of_sites
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
 from torchlathe.passes.rewrite.sweeping.sweep import relative_error
-from torchlathe.passes.statistics import Reader, readers_of
-from torchlathe.passes.statistics.readers import unfolds
-from torchlathe.passes.statistics.routed import Routed, routed_reader
+from torchlathe.passes.statistics import Reader
+from torchlathe.passes.statistics.later import LaterCalls
+from torchlathe.passes.statistics.routed import Routed
 from torchlathe.passes.statistics.running import need_data
 from torchlathe.passes.statistics.storage import usable_folder
 
@@ -260,9 +261,10 @@ class Quantize(RewritePass):
             moved["rotated"] = _rotated(program, ctx)
         if self.balance != "none":
             moved |= balance(program, ctx, plans, self.balance, self.clip, insert=self.insert)
-        readers = readers_of(program) if self.method == "gptq" else None
-        layers = self._round(program, ctx, plans, readers)
-        outcomes = self._sweep(program, ctx, layers)
+        known = readers_of_sites(program, plans if self.method == "gptq" else ())
+        later = LaterCalls(program, {site.weight: own[1:] for site, own in known.items()})
+        layers = self._round(program, ctx, plans, known)
+        outcomes = self._sweep(program, ctx, layers, later)
         layers = [layer.after(outcomes.get(layer.site.weight)) for layer in layers]
         diagnostics += [*_told(layers, outcomes), *left_alone(left)]
         statistics = {**_statistics(program, layers, outcomes, bytes_before), **moved, **mixed}
@@ -292,7 +294,7 @@ class Quantize(RewritePass):
         program: Program,
         ctx: PassContext,
         plans: Mapping[Site, Scheme],
-        readers: Mapping[fx.Node, Reader] | None,
+        readers: Mapping[Site, Sequence[Reader | Routed]],
     ) -> list[_Layer]:
         layers = []
         rounded: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
@@ -301,7 +303,7 @@ class Quantize(RewritePass):
                 ctx.report(f"rounding {site.weight} ({number + 1}/{len(plans)})")
                 weight = program.tensor(site.weight).detach()
                 matrix = matrix_of(site, weight)
-                reader = None if readers is None else _reader_of(site, readers)
+                reader = readers[site][0] if site in readers else None
                 how: dict[str, Any] = {"group": scheme.group, "symmetric": scheme.symmetric}
                 error = 0.0
                 if reader is None:
@@ -316,7 +318,7 @@ class Quantize(RewritePass):
         return layers
 
     def _sweep(
-        self, program: Program, ctx: PassContext, layers: Sequence[_Layer]
+        self, program: Program, ctx: PassContext, layers: Sequence[_Layer], later: LaterCalls
     ) -> dict[str, Outcome]:
         folder = None if self.checkpoint is None else usable_folder(self.checkpoint, "checkpoint")
         key = str(replace(self, checkpoint=None))
@@ -325,7 +327,7 @@ class Quantize(RewritePass):
         if not jobs:
             return {}
         with program.edit(by=ctx.spec) as edit:
-            return stream(edit, ctx, jobs, how)
+            return stream(edit, ctx, jobs, how, later)
 
 
 @dataclass(frozen=True)
@@ -351,20 +353,6 @@ class _Layer:
 
 def _error(matrix: torch.Tensor, stored: Quantised) -> float:
     return relative_error(matrix, stored.dequantised(matrix.dtype))
-
-
-def _reader_of(site: Site, readers: Mapping[fx.Node, Reader]) -> Reader | Routed | None:
-    """How the first product of a site reads its input, where columns can be told apart."""
-    for call in site.calls:
-        if site.kind == "experts":
-            return routed_reader(call)
-        reader = readers.get(call)
-        # Rows of a tied embedding are looked up long before its product is swept.
-        if reader is not None and site.kind == "linear":
-            return reader
-        if reader is not None and site.kind == "convolution" and unfolds(reader):
-            return reader
-    return None
 
 
 def _plans(
