@@ -337,6 +337,20 @@ def test_zeros_and_bits_in_one_sweep(net):
     assert errors["one after the other"] < errors["nearest"]
 
 
+def test_a_pattern_is_chosen_in_the_order_of_columns(net):
+    batches = data()
+    program = tl.capture(net, (batches[0],))
+    notes, weights = [], []
+    for ordered in ("true", "false"):
+        spec = f"quantize{{method=gptq,pattern=2:4,act_order={ordered},include=[second,head]}}"
+        after = tl.PassManager(spec).run(program, calibration=batches)
+        told = after.history[-1].diagnostics
+        notes.append([d["severity"] for d in told if "act_order is without" in d["message"]])
+        weights.append(after.tensor("head.weight"))
+    assert notes == [["note"], []]
+    assert torch.equal(*weights)
+
+
 def _dequantised(program, node):
     """The weight as its reader has it."""
     from torchlathe.ir.provenance import info

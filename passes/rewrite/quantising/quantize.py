@@ -153,7 +153,10 @@ class Quantize(RewritePass):
     )
     act_order: bool = field(
         default=True,
-        metadata={"help": "of gptq: columns that the data excites most come first"},
+        metadata={
+            "help": "of gptq: columns that the data excites most come first; not where a pattern "
+            "is chosen"
+        },
     )
     pattern: str | None = field(
         default=None,
@@ -266,6 +269,9 @@ class Quantize(RewritePass):
         layers = self._round(program, ctx, plans, known)
         outcomes = self._sweep(program, ctx, layers, later)
         layers = [layer.after(outcomes.get(layer.site.weight)) for layer in layers]
+        if self.pattern is not None and self.act_order:
+            text = "act_order is without effect where a pattern is chosen: neighbours stay together"
+            diagnostics.append(Diagnostic("note", text))
         diagnostics += [*_told(layers, outcomes), *left_alone(left)]
         statistics = {**_statistics(program, layers, outcomes, bytes_before), **moved, **mixed}
         return PassResult(True, statistics, diagnostics, details=_details(layers, outcomes))
