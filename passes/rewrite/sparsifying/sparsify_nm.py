@@ -113,13 +113,13 @@ class SparsifyNM(RewritePass):
             where=self.name,
         )
         refuse_not_finite(program, sites)
-        wanted = []
+        wanted, unfit = [], dict[str, str]()
         for site in sites:
             if reason := self._pattern.why_not(site.outs, _width(site, self._pattern)):
-                left[site.weight] = reason
+                unfit[site.weight] = reason
             else:
                 wanted.append(site)
-        told = [*left_alone(left)]
+        told = [*left_alone(unfit, "warning"), *left_alone(left)]
         if not wanted:
             told.insert(0, Diagnostic("warning", "there is no layer that the pattern fits"))
             return PassResult(False, {"layers": 0}, told)
