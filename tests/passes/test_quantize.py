@@ -155,6 +155,20 @@ def test_gptq_beats_nearest_on_every_layer_and_in_the_end() -> None:
     assert error_of(program, swept, data[0]) < error_of(program, nearest, data[0])
 
 
+@pytest.mark.parametrize("option", ["act-order=false", "damping=0.1"])
+def test_options_of_the_sweep_change_it_and_nothing_gets_worse(option: str) -> None:
+    _, program, data = tied()
+    spec = "quantize{scheme=w4a16,group=32,method=gptq}"
+    plain, other = (run(text, program, data) for text in (spec, f"{spec[:-1]},{option}}}"))
+    rows = other.history[-1].details["quantised"]
+    assert len(rows) == 7
+    assert all(row["output_error"] <= row["output_error_nearest"] for row in rows)
+    packed = [name for name in plain.entries if name.endswith("_packed")]
+    assert len(packed) == 7
+    # Where few rows tell little, more damping than either is used.
+    assert not all(torch.equal(plain.tensor(name), other.tensor(name)) for name in packed)
+
+
 def test_gptq_is_the_same_each_time() -> None:
     _, program, data = tied()
     first, second = (run("quantize{scheme=w4a8,group=32,method=gptq}", program, data)

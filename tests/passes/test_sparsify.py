@@ -261,6 +261,21 @@ def test_tied_weights_stay_tied():
     assert float((state["one.weight"] == 0).sum()) == 32
 
 
+@pytest.mark.parametrize("asked", ["false", "true"])
+def test_embeddings_are_taken_when_asked_for(asked):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 8)).eval()
+    batches = [torch.randint(20, (4, 6)) for _ in range(3)]
+    spec = f"sparsify-nm{{embeddings={asked}}}"
+    after = tl.PassManager(spec).run(tl.capture(model, (batches[0],)), calibration=batches)
+    methods = {row["layer"]: row["method"] for row in after.history[-1].details["sparse"]}
+    assert methods["1.weight"] == "sparsegpt"
+    # What looks rows up has no second moment.
+    assert methods.get("0.weight") == ("magnitude" if asked == "true" else None)
+    kept = after.tensor("0.weight").unflatten(1, (-1, 4)) != 0
+    assert bool((kept.sum(2) == (2 if asked == "true" else 4)).all())
+
+
 def test_bad_weights_and_few_rows(net):
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
