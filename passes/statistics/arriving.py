@@ -18,7 +18,7 @@ from torchlathe.passes.statistics.readers import Reader, patches, unfolds
 from torchlathe.passes.statistics.routed import Routed, RoutedMoments
 from torchlathe.passes.statistics.stepping import LockstepRun
 
-__all__ = ["Arrival", "arrivals"]
+__all__ = ["Arrival", "MomentSum", "arrivals"]
 
 # Up to so many columns a moment is kept in float64.
 _WIDE = 1024
@@ -74,8 +74,7 @@ def arrivals(
                 routed = RoutedMoments(data, run.value(reader.ends), _kind(data[0]))
                 last = (key, routed, routed.counts)
             else:
-                moment, count = _moment(reader, data)
-                last = (key, tuple(moment), (count,) * len(moment))
+                last = (key, *_moments(reader, data))
         yield Arrival(reader, last[1], last[2])
 
 
@@ -93,27 +92,50 @@ def _way(reader: Reader | Routed) -> tuple[object, ...]:
     return (tuple(weight.meta["val"].shape[2:]), str(rest))
 
 
-def _moment(reader: Reader, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
-    total: torch.Tensor | None = None
-    count = 0
-    for rows in _rows(reader, values):
-        part = rows.to(_kind(rows))
-        count += part.shape[1]
-        if total is None:
-            total = part.new_zeros((part.shape[0], part.shape[2], part.shape[2]))
-        total.baddbmm_(part.transpose(1, 2), part)
-    assert total is not None
-    return total.div_(max(count, 1)), count
+class MomentSum:
+    """The sum of x x' over rows, for each group.
+
+    Attributes:
+        count: How many rows there are so far.
+    """
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, reader: Reader, value: torch.Tensor) -> None:
+        """Add what a layer reads."""
+        for rows in _rows(reader, value):
+            part = rows.to(_kind(rows))
+            self.count += part.shape[1]
+            if self._sum is None:
+                self._sum = part.new_zeros((part.shape[0], part.shape[2], part.shape[2]))
+            self._sum.baddbmm_(part.transpose(1, 2), part)
+
+    def mean(self) -> torch.Tensor:
+        """(groups, features, features); the sum becomes it."""
+        assert self._sum is not None
+        return self._sum.div_(max(self.count, 1))
 
 
-def _rows(reader: Reader, values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """(groups, rows, features) of each batch."""
+def _moments(
+    reader: Reader, values: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """That of each group, and how many rows it is of."""
+    total = MomentSum()
     for value in values:
-        if not unfolds(reader):
-            yield reader.data_rows(value)
-            continue
-        few = max(1, _MANY // max(1, value[0].numel() * 9))
-        for part in value.split(few):
-            found = patches(reader, part)
-            assert found is not None
-            yield found
+        total.add(reader, value)
+    means = tuple(total.mean())
+    return means, (total.count,) * len(means)
+
+
+def _rows(reader: Reader, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """(groups, rows, features) of a batch, some at a time."""
+    if not unfolds(reader):
+        yield reader.data_rows(value)
+        return
+    few = max(1, _MANY // max(1, value[0].numel() * 9))
+    for part in value.split(few):
+        found = patches(reader, part)
+        assert found is not None
+        yield found

@@ -56,12 +56,16 @@ class RoutedMoments(Sequence[Tensor]):
     def __init__(
         self, values: Sequence[Tensor], ends: Sequence[Tensor], dtype: torch.dtype
     ) -> None:
-        self._values, self._dtype = values, dtype
+        self._values, self._dtype, self._given = values, dtype, ends
         self._ends = [[0, *map(int, each.tolist())] for each in ends]
         self.counts = tuple(
             sum(each[expert + 1] - each[expert] for each in self._ends)
             for expert in range(len(self._ends[0]) - 1)
         )
+
+    def with_more(self, values: Sequence[Tensor], ends: Sequence[Tensor]) -> RoutedMoments:
+        """The moments of these rows and of others, given as for these."""
+        return RoutedMoments([*self._values, *values], [*self._given, *ends], self._dtype)
 
     def __len__(self) -> int:
         return len(self.counts)

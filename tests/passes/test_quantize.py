@@ -155,6 +155,20 @@ def test_gptq_beats_nearest_on_every_layer_and_in_the_end() -> None:
     assert error_of(program, swept, data[0]) < error_of(program, nearest, data[0])
 
 
+@pytest.mark.parametrize("option", ["act-order=false", "damping=0.1"])
+def test_options_of_the_sweep_change_it_and_nothing_gets_worse(option: str) -> None:
+    _, program, data = tied()
+    spec = "quantize{scheme=w4a16,group=32,method=gptq}"
+    plain, other = (run(text, program, data) for text in (spec, f"{spec[:-1]},{option}}}"))
+    rows = other.history[-1].details["quantised"]
+    assert len(rows) == 7
+    assert all(row["output_error"] <= row["output_error_nearest"] for row in rows)
+    packed = [name for name in plain.entries if name.endswith("_packed")]
+    assert len(packed) == 7
+    # Where few rows tell little, more damping than either is used.
+    assert not all(torch.equal(plain.tensor(name), other.tensor(name)) for name in packed)
+
+
 def test_gptq_is_the_same_each_time() -> None:
     _, program, data = tied()
     first, second = (run("quantize{scheme=w4a8,group=32,method=gptq}", program, data)
@@ -262,6 +276,34 @@ def test_balancing_helps_where_channels_are_large(spec: str) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("spec", [
+    "quantize{balance=smoothquant,insert=true}",
+    "quantize{scheme=w4a16,group=32,balance=awq,insert=true}",
+])  # fmt: skip
+def test_what_layers_read_may_be_an_input_or_a_tensor_of_the_model(spec: str) -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(7, 64))
+            self.first, self.second = nn.Linear(64, 32), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((self.first(x), self.second(self.queries)))
+
+    torch.manual_seed(0)
+    model = Queries().eval()
+    data = [torch.randn(40, 64) for _ in range(3)]
+    with torch.no_grad():
+        for values in (*data, model.queries):
+            values[:, :3] *= 60
+    program = capture(model, (data[0],))
+    before = run(spec.replace("insert=true", "insert=false"), program, data)
+    after = run(spec, program, data)
+    assert after.history[-1].statistics["balanced"] == 2
+    errors = [sum(error_of(program, found, x) for x in data) for found in (before, after)]
+    assert errors[1] < errors[0]
+
+
 # -- budgets -------------------------------------------------------------------------------------
 
 
@@ -276,6 +318,21 @@ def test_a_budget_chooses_bits_for_each_layer() -> None:
     # Better than all in four bits, at the cost of what the budget allows more.
     four = run("quantize{scheme=w4a16,group=32,embeddings=true}", program, data)
     assert error_of(program, after, data[0]) < error_of(program, four, data[0])
+
+
+def test_a_budget_is_kept_where_a_group_spans_a_row() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)).eval()
+    x = torch.randn(20, 128)
+    program = capture(model, (x,))
+    # Between what four bits take with scales of 16 bits a row, and with the 32 that a row has.
+    after = run("quantize{scheme=w4a16,bytes=0.137}", program, [x])
+    whole = program.cost().bytes
+    assert after.cost().bytes <= 0.137 * whole
+    dense = sum(t.nbytes for name, t in program.parameters.items() if "bias" in name)
+    assert after.history[-1].statistics["bytes_of_layers"] == after.cost().bytes - dense
+    with pytest.raises(Error, match="is the least that these layers and schemes allow"):
+        run("quantize{scheme=w4a16,bytes=0.1345}", program, [x])
 
 
 def test_a_budget_below_the_least_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -128,13 +128,30 @@ def test_rows_of_zeros_stay_zeros() -> None:
         assert torch.equal(back[0], weight[0])
 
 
-def test_bytes_are_what_a_scheme_says() -> None:
-    for scheme in SCHEMES.values():
-        stored = quantised(
-            torch.randn(16, 256), scheme.weights, group=scheme.group, symmetric=scheme.symmetric
-        )
-        total = 32 if stored.total is not None else 0
-        assert stored.nbytes * 8 == scheme.bits_of(16, 256) + total
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(SCHEMES)),
+    st.sampled_from([None, 0, 16, 32, 128]),
+    st.sampled_from([None, True, False]),
+    st.integers(1, 9),
+    st.one_of(st.integers(1, 300), st.sampled_from([16, 32, 128, 256])),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_bytes_are_what_a_scheme_says(
+    name: str,
+    group: int | None,
+    symmetric: bool | None,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> None:
+    try:
+        scheme = scheme_of(name, group, symmetric, "quantize")
+    except OptionError:
+        assume(False)
+    weight = torch.ones(rows, columns, dtype=dtype)
+    stored = quantised(weight, scheme.weights, group=scheme.group, symmetric=scheme.symmetric)
+    assert scheme.layout(columns, dtype).nbytes(rows) == stored.nbytes
 
 
 def test_groups_and_zero_points_that_do_not_exist() -> None:

@@ -95,6 +95,23 @@ def test_outliers_of_a_stream_are_spread() -> None:
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_zeros_that_a_rotation_takes_are_told() -> None:
+    _, program, data = llama()
+    warned = {}
+    for rotated in ("", ",rotate=true"):
+        spec = f"sparsify-nm{{method=magnitude}},quantize{{scheme=w4a16,group=16{rotated}}}"
+        after = PassManager(spec).run(program, calibration=data)
+        warned[rotated] = [
+            str(told["message"])
+            for told in after.history[-1].diagnostics
+            if told["severity"] == "warning" and "zeros" in str(told["message"])
+        ]
+    assert not warned[""]
+    # Seven layers in each of two blocks and the last one; embeddings had no zeros.
+    (told,) = warned[",rotate=true"]
+    assert told.startswith("15 weights had zeros that the rotation did not keep: body.")
+
+
 def test_tied_embeddings_cannot_take_the_last_norm() -> None:
     _, program, _ = llama(tied=True)
     before = program.fingerprint()

@@ -94,6 +94,27 @@ def test_rounding_keeps_zeros(options: str, tmp_path: Path) -> None:
             assert bool((found[name][old == 0] == 0).all()), name
 
 
+def test_a_pattern_in_the_sweep_keeps_zeros_that_are_there() -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        for layer in (model.first, model.second):
+            layer.weight[torch.rand_like(layer.weight) < 0.4] = 0
+        model.second.weight[:, :8] = 0
+    data = [x for x, _ in _data()]
+    program = capture(model, (data[0],), dynamic_shapes="auto")
+    spec = "quantize{scheme=w8a16,method=gptq,pattern=2:4,include=[first,second]}"
+    after = _weights(PassManager(spec).run(program, calibration=data))
+    for name, new in after.items():
+        old = program.tensor(f"{name}.weight").detach()
+        assert bool((new[old == 0] == 0).all())
+        parts, were = new.unflatten(1, (-1, 4)) != 0, old.unflatten(1, (-1, 4)) != 0
+        assert bool((parts.sum(2) <= 2).all())
+        # The pattern was there already, and what there was is next to never rounded to zero.
+        fit = were.sum(2) <= 2
+        assert float((parts == were)[fit].float().mean()) > 0.95
+
+
 def _weights(program: Program) -> dict[str, torch.Tensor]:
     """What the layers multiply with, by module."""
     found = {}
@@ -132,10 +153,18 @@ def test_weights_and_data_that_are_not_finite(value: float) -> None:
     broken = [*data[:-1], data[-1].clone()]
     broken[-1][3, 5] = value
     program = capture(model, (data[0],), dynamic_shapes="auto")
-    for spec in ("quantize{method=gptq}", "sparsify-nm"):
+    for spec in (
+        "quantize{method=gptq}",
+        "quantize{balance=smoothquant}",
+        "quantize{scheme=w4a16,group=32,balance=awq,insert=true}",
+        "sparsify-nm",
+        "sparsify-nm{method=wanda}",
+    ):
         with pytest.raises(Error, match=r"first\.weight.*not finite") as caught:
             PassManager(spec).run(program, calibration=broken)
         assert "calibration data" in str(caught.value)
+    with pytest.raises(Error, match=r"first\.weight.*not finite"):
+        PassManager("quantize{bytes=0.5}").run(program, calibration=[broken[-1]])
     with torch.no_grad():
         model.second.weight[1, 2] = value
     program = capture(model, (data[0],), dynamic_shapes="auto")

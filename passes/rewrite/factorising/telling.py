@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torchlathe.passes.base import Diagnostic
 from torchlathe.passes.rewrite.factorising.choosing import Option
@@ -52,13 +52,15 @@ def told(plans: Sequence[Plan]) -> Iterator[Diagnostic]:
         )
 
 
-def left_alone(left: Mapping[str, str]) -> Iterator[Diagnostic]:
+def left_alone(
+    left: Mapping[str, str], severity: Literal["note", "warning"] = "note"
+) -> Iterator[Diagnostic]:
     """One line for each reason, with the layers."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        yield Diagnostic("note", f"left alone, since {reason}: {listed(names)}", name=names[0])
+        yield Diagnostic(severity, f"left alone, since {reason}: {listed(names)}", name=names[0])
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

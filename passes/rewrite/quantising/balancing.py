@@ -10,15 +10,14 @@ Scales are powers of two, so that dividing and multiplying are exact in floating
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
 from torchlathe.ir import Program, VerifyError
-from torchlathe.ir.interpreting import run_flat
 from torchlathe.ir.verifying import check_equivalence
 from torchlathe.kernels.dequantize.formats import format_of
 from torchlathe.kernels.dequantize.op import rounded_tokens
@@ -26,6 +25,7 @@ from torchlathe.passes.base import Diagnostic, PassContext
 from torchlathe.passes.rewrite.factorising.sites import Site
 from torchlathe.passes.rewrite.quantising.folds import Fold, apply, find_folds
 from torchlathe.passes.rewrite.quantising.grids import Clip, quantised
+from torchlathe.passes.rewrite.quantising.reading import operands_of, run_reading
 from torchlathe.passes.rewrite.quantising.schemes import Scheme
 from torchlathe.passes.rewrite.quantising.writing import matrix_of
 from torchlathe.passes.statistics.running import flat_batches
@@ -81,10 +81,11 @@ def balance(
         Numbers for the report.
 
     Raises:
+        InputError: What a layer reads is not finite.
         VerifyError: The program computes something else now.
     """
     folds = find_folds(program, plans, insert=insert)
-    seen = _observe(program, ctx, folds)
+    seen = _observe(program, ctx, folds, plans)
     chosen: list[tuple[Fold, Tensor]] = []
     gains = []
     for number, fold in enumerate(folds):
@@ -111,7 +112,9 @@ def balance(
     }
 
 
-def _observe(program: Program, ctx: PassContext, folds: Sequence[Fold]) -> dict[fx.Node, _Seen]:
+def _observe(
+    program: Program, ctx: PassContext, folds: Sequence[Fold], sites: Iterable[Site]
+) -> dict[fx.Node, _Seen]:
     seen = {
         fold.value: _Seen(torch.zeros(fold.channels), torch.zeros(fold.channels), 0, [])
         for fold in folds
@@ -119,13 +122,13 @@ def _observe(program: Program, ctx: PassContext, folds: Sequence[Fold]) -> dict[
     batches = list(flat_batches(program, ctx))
     few = max(1, _ROWS // len(batches))
 
-    def observe(node: fx.Node, value: Any) -> None:
+    def see(node: fx.Node, value: Tensor) -> None:
         if node in seen:
             seen[node].add(value.cpu(), few)
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for _, flat in batches:
-            run_flat(program, flat, observe=observe)
+    read = operands_of(sites)
+    for _, flat in batches:
+        run_reading(program, flat, read, see)
     return seen
 
 

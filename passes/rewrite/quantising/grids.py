@@ -28,6 +28,7 @@ from torchlathe.kernels.dequantize.formats import (
     pack,
 )
 from torchlathe.kernels.dequantize.op import meaning
+from torchlathe.passes.rewrite.quantising.layouts import Layout
 
 __all__ = [
     "Clip",
@@ -251,10 +252,7 @@ def total_of(weight: Tensor, format: str) -> Tensor | None:
 class _Fit:
     """How the scales of any rows of a matrix are chosen."""
 
-    form: Format
-    columns: int
-    group: int
-    symmetric: bool
+    layout: Layout
     clip: Clip
     dtype: torch.dtype
     importance: Tensor | None
@@ -271,39 +269,39 @@ class _Fit:
         importance: Tensor | None,
         total: Tensor | None = None,
     ) -> _Fit:
-        form = format_of(format)
         if weight.dim() != 2 or not weight.is_floating_point():
             raise OptionError(
                 f"expected a floating matrix, got {weight.dtype} {tuple(weight.shape)}"
             )
-        columns = weight.shape[1]
-        group = form.block or group
-        group = 0 if group >= columns and form.block is None else group
+        layout = Layout.of(
+            format, weight.shape[1], group=group, symmetric=symmetric, dtype=weight.dtype
+        )
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         total = total_of(weight, format) if total is None else total
-        return cls(form, columns, group, symmetric, clip, dtype, importance, total)
+        return cls(layout, clip, dtype, importance, total)
 
     def blocks(self, weight: Tensor) -> tuple[Tensor, ...]:
         """A matrix in blocks of few rows."""
-        found: tuple[Tensor, ...] = weight.split(max(1, _MANY // max(1, self.columns)))
+        found: tuple[Tensor, ...] = weight.split(max(1, _MANY // max(1, self.layout.columns)))
         return found
 
     def grid(self, rows: Tensor) -> Grid:
         """The grid of some rows."""
-        parts = grouped(rows.to(self.dtype), self.group)
-        choices = _choices(parts, self.form, symmetric=self.symmetric or not self.form.integer)
+        layout = self.layout
+        parts = grouped(rows.to(self.dtype), layout.group)
+        choices = _choices(parts, layout.form, symmetric=not layout.zeros)
         chosen = choices[0] if len(choices) == 1 and self.clip == "none" else None
         if chosen is None:
             chosen = self._best(parts, choices)
         scales, zeros, stored = self._at(*chosen)
-        return Grid(self.form, self.columns, self.group, scales, zeros, stored, self.total)
+        return Grid(layout.form, layout.columns, layout.group, scales, zeros, stored, self.total)
 
     def _best(self, parts: Tensor, choices: Sequence[_Range]) -> _Range:
         """Of the ranges, and of shares of the last, that of least squared error for each group."""
-        counts = torch.ones(self.columns, dtype=self.dtype, device=parts.device)
+        counts = torch.ones(self.layout.columns, dtype=self.dtype, device=parts.device)
         if self.importance is not None and self.clip == "mse":
             counts = self.importance.to(counts)
-        weights = grouped(counts[None], self.group)
+        weights = grouped(counts[None], self.layout.group)
         best = torch.full(parts.shape[:2], torch.inf, dtype=self.dtype, device=parts.device)
         chosen = choices[0]
         tried = list(choices)
@@ -313,8 +311,8 @@ class _Fit:
         for low, high in tried:
             scales, zeros, _ = self._at(low, high)
             own = None if zeros is None else zeros[..., None]
-            numbers = encode(parts / scales[..., None], self.form, own)
-            back = decode(numbers, self.form, own, self.dtype)
+            numbers = encode(parts / scales[..., None], self.layout.form, own)
+            back = decode(numbers, self.layout.form, own, self.dtype)
             loss = ((back * scales[..., None] - parts).square_() * weights).sum(-1)
             better = loss < best
             best = torch.where(better, loss, best)
@@ -325,8 +323,8 @@ class _Fit:
 
     def _at(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Scales as numbers, zero points, and scales as stored, for ranges of groups."""
-        form = self.form
-        if self.symmetric or not form.integer:
+        form = self.layout.form
+        if not self.layout.zeros:
             scales, stored = self._stored(high)
             return scales, None, stored
         scales, stored = self._stored((high - low) / (2**form.bits - 1))
@@ -336,19 +334,17 @@ class _Fit:
 
     def _stored(self, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Rounded up to what can be stored, so that nothing is clipped; one for empty groups."""
-        dtype, narrow = scales.dtype, self.group != 0
+        dtype, form, kind = scales.dtype, self.layout.form, self.layout.scales
         scales = torch.where(scales != 0, scales, torch.ones_like(scales))
-        if self.form.scales == "e8m0":
+        if form.scales == "e8m0":
             stored = (scales.log2().ceil() + 127).clamp(0, 254).to(torch.uint8)
-        elif self.form.scales == "e4m3":
+        elif form.scales == "e4m3":
             assert self.total is not None
             wanted = (scales / self.total.to(dtype)).clamp(max=448.0)
             # 2^-9 is the least that is not zero; the step of what is larger is 2^-3 of it.
             up = (wanted * (1 + 2.0**-4)).clamp(2.0**-9, 448.0).to(torch.float32)
             stored = up.to(torch.float8_e4m3fn).view(torch.uint8)
         else:
-            kind = torch.bfloat16 if narrow else torch.float32
-            kind = torch.float64 if dtype == torch.float64 and not narrow else kind
             finfo = torch.finfo(kind)
             up = scales.abs()
             if kind != dtype:
@@ -356,7 +352,7 @@ class _Fit:
                 near = up.to(kind).to(dtype)
                 up = torch.where(near < up, near * (1 + 0.75 * finfo.eps), near)
             stored = up.clamp(finfo.tiny, finfo.max).copysign(scales).to(kind)
-        return decode_scales(stored, self.form, self.total, dtype), stored
+        return decode_scales(stored, form, self.total, dtype), stored
 
 
 class _Range(NamedTuple):

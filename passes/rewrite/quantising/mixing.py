@@ -9,6 +9,7 @@ integer programming.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,13 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from torchlathe.ir import OptionError, Program
+from torchlathe.ir import InputError, OptionError, Program
 from torchlathe.ir.interpreting import run_flat
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.quantities import BYTES, quantity
 from torchlathe.passes.rewrite.factorising.choosing import Option, choose_exact, thinned
 from torchlathe.passes.rewrite.factorising.sites import Site
 from torchlathe.passes.rewrite.quantising.grids import Clip, quantised
+from torchlathe.passes.rewrite.quantising.reading import operands_of, run_reading
 from torchlathe.passes.rewrite.quantising.schemes import Scheme
 from torchlathe.passes.rewrite.quantising.timing import SchemeTimes
 from torchlathe.passes.rewrite.quantising.writing import matrix_of
@@ -96,6 +98,7 @@ def mix(
         where: Name of the pass, for messages.
 
     Raises:
+        InputError: What a layer reads, or an output, is not finite.
         OptionError: A budget is below what the pass leaves alone, or below the least, or no choice
             is within both.
     """
@@ -149,9 +152,8 @@ def _of_bytes(
     rest = whole - sum(dense.values())
 
     def price(site: Site, scheme: Scheme) -> float:
-        # The one scale for all that nvfp4 has is no matter of rows.
-        more = 4 if scheme.format.scales == "e4m3" else 0
-        return scheme.bits_of(site.outs * site.groups, site.ins) / 8 + more
+        layout = scheme.layout(site.ins, program.tensor(site.weight).dtype)
+        return float(layout.nbytes(site.outs * site.groups))
 
     most = quantity(asked, BYTES, name="bytes", where=where).of(whole)
     limit = _Limit("bytes", dense, price, most - rest, lambda amount: f"{amount + rest:,.0f}")
@@ -193,8 +195,14 @@ def _options(
     clip: Clip,
 ) -> Iterator[Option]:
     batches = [flat for _, flat in itertools.islice(flat_batches(program, ctx), _BATCHES)]
-    wanted = [_outputs(program, flat, "", None) for flat in batches]
+    read = operands_of(choices)
+    wanted = [_floating(run_reading(program, flat, read)) for flat in batches]
     whole = sum(float(value.square().sum()) for values in wanted for value in values)
+    if not math.isfinite(whole):
+        raise InputError(
+            "the outputs on the calibration data have values that are not finite",
+            hint="look for NaN in the data, and for infinity in what the model returns",
+        )
     for number, (site, schemes) in enumerate(choices.items()):
         ctx.report(f"effect of {site.weight} on the outputs ({number + 1}/{len(choices)})")
         yield Option((site,), None, limit.dense[site], 0.0)
@@ -220,12 +228,16 @@ def _options(
             yield Option((site,), cast("Any", scheme), cost, gap / max(whole, 1e-300))
 
 
-def _outputs(program: Program, flat: list[Any], name: str, changed: Tensor | None) -> list[Tensor]:
-    """The floating outputs, in float64, with one tensor replaced."""
+def _outputs(program: Program, flat: list[Any], name: str, changed: Tensor) -> list[Tensor]:
+    """The floating outputs with one tensor replaced."""
 
     def read(tensor_name: str, tensor: Tensor) -> Tensor:
-        return changed if changed is not None and tensor_name == name else tensor
+        return changed if tensor_name == name else tensor
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        found = run_flat(program, flat, replace_tensor=read)
+        return _floating(run_flat(program, flat, replace_tensor=read))
+
+
+def _floating(found: Sequence[Any]) -> list[Tensor]:
+    """The floating outputs, in float64."""
     return [x.double() for x in found if isinstance(x, torch.Tensor) and x.is_floating_point()]

@@ -29,11 +29,12 @@ from torchlathe.passes.rewrite.quantising.rotating import rotate
 from torchlathe.passes.rewrite.quantising.schemes import SCHEMES, Scheme, scheme_of
 from torchlathe.passes.rewrite.quantising.streaming import Gptq, Job, Outcome, stream
 from torchlathe.passes.rewrite.quantising.writing import Written, matrix_of, write
+from torchlathe.passes.rewrite.sweeping.calls import readers_of_sites
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
 from torchlathe.passes.rewrite.sweeping.sweep import relative_error
-from torchlathe.passes.statistics import Reader, readers_of
-from torchlathe.passes.statistics.readers import unfolds
-from torchlathe.passes.statistics.routed import Routed, routed_reader
+from torchlathe.passes.statistics import Reader
+from torchlathe.passes.statistics.later import LaterCalls
+from torchlathe.passes.statistics.routed import Routed
 from torchlathe.passes.statistics.running import need_data
 from torchlathe.passes.statistics.storage import usable_folder
 
@@ -154,7 +155,10 @@ class Quantize(RewritePass):
     )
     act_order: bool = field(
         default=True,
-        metadata={"help": "of gptq: columns that the data excites most come first"},
+        metadata={
+            "help": "of gptq: columns that the data excites most come first; not where a pattern "
+            "is chosen"
+        },
     )
     pattern: str | None = field(
         default=None,
@@ -260,13 +264,17 @@ class Quantize(RewritePass):
         bytes_before = program.cost().bytes
         moved: dict[str, int | float | str] = {}
         if self.rotate:
-            moved["rotated"] = rotate(program, ctx)
+            moved["rotated"] = _rotated(program, ctx)
         if self.balance != "none":
             moved |= balance(program, ctx, plans, self.balance, self.clip, insert=self.insert)
-        readers = readers_of(program) if self.method == "gptq" else None
-        layers = self._round(program, ctx, plans, readers)
-        outcomes = self._sweep(program, ctx, layers)
+        known = readers_of_sites(program, plans if self.method == "gptq" else ())
+        later = LaterCalls(program, {site.weight: own[1:] for site, own in known.items()})
+        layers = self._round(program, ctx, plans, known)
+        outcomes = self._sweep(program, ctx, layers, later)
         layers = [layer.after(outcomes.get(layer.site.weight)) for layer in layers]
+        if self.pattern is not None and self.act_order:
+            text = "act_order is without effect where a pattern is chosen: neighbours stay together"
+            diagnostics.append(Diagnostic("note", text))
         diagnostics += [*_told(layers, outcomes), *left_alone(left)]
         statistics = {**_statistics(program, layers, outcomes, bytes_before), **moved, **mixed}
         return PassResult(True, statistics, diagnostics, details=_details(layers, outcomes))
@@ -295,7 +303,7 @@ class Quantize(RewritePass):
         program: Program,
         ctx: PassContext,
         plans: Mapping[Site, Scheme],
-        readers: Mapping[fx.Node, Reader] | None,
+        readers: Mapping[Site, Sequence[Reader | Routed]],
     ) -> list[_Layer]:
         layers = []
         rounded: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
@@ -304,7 +312,7 @@ class Quantize(RewritePass):
                 ctx.report(f"rounding {site.weight} ({number + 1}/{len(plans)})")
                 weight = program.tensor(site.weight).detach()
                 matrix = matrix_of(site, weight)
-                reader = None if readers is None else _reader_of(site, readers)
+                reader = readers[site][0] if site in readers else None
                 how: dict[str, Any] = {"group": scheme.group, "symmetric": scheme.symmetric}
                 error = 0.0
                 if reader is None:
@@ -319,7 +327,7 @@ class Quantize(RewritePass):
         return layers
 
     def _sweep(
-        self, program: Program, ctx: PassContext, layers: Sequence[_Layer]
+        self, program: Program, ctx: PassContext, layers: Sequence[_Layer], later: LaterCalls
     ) -> dict[str, Outcome]:
         folder = None if self.checkpoint is None else usable_folder(self.checkpoint, "checkpoint")
         key = str(replace(self, checkpoint=None))
@@ -328,7 +336,7 @@ class Quantize(RewritePass):
         if not jobs:
             return {}
         with program.edit(by=ctx.spec) as edit:
-            return stream(edit, ctx, jobs, how)
+            return stream(edit, ctx, jobs, how, later)
 
 
 @dataclass(frozen=True)
@@ -356,20 +364,6 @@ def _error(matrix: torch.Tensor, stored: Quantised) -> float:
     return relative_error(matrix, stored.dequantised(matrix.dtype))
 
 
-def _reader_of(site: Site, readers: Mapping[fx.Node, Reader]) -> Reader | Routed | None:
-    """How the first product of a site reads its input, where columns can be told apart."""
-    for call in site.calls:
-        if site.kind == "experts":
-            return routed_reader(call)
-        reader = readers.get(call)
-        # Rows of a tied embedding are looked up long before its product is swept.
-        if reader is not None and site.kind == "linear":
-            return reader
-        if reader is not None and site.kind == "convolution" and unfolds(reader):
-            return reader
-    return None
-
-
 def _plans(
     program: Program, sites: Sequence[Site], scheme: Scheme, left: dict[str, str]
 ) -> tuple[dict[Site, Scheme], list[Diagnostic]]:
@@ -382,7 +376,7 @@ def _plans(
             small.append(site.weight)
             own = replace(own, group=0)
         rows, weight = site.outs * site.groups, program.tensor(site.weight)
-        if own.bits_of(rows, site.ins) >= 8 * weight.numel() * weight.element_size():
+        if own.layout(site.ins, weight.dtype).nbytes(rows) >= weight.nbytes:
             left[site.weight] = "its numbers and scales would take no fewer bytes"
             continue
         plans[site] = own
@@ -391,6 +385,26 @@ def _plans(
         text = f"one scale a row, for rows shorter than a group of {scheme.group}: {listed(small)}"
         told.append(Diagnostic("warning", text, name=small[0]))
     return plans, told
+
+
+def _rotated(program: Program, ctx: PassContext) -> int:
+    """The channels of the stream that was rotated; what that does to zeros is told."""
+    before = {
+        name: _zeros(weight) for name, weight in program.parameters.items() if weight.dim() > 1
+    }
+    channels = rotate(program, ctx)
+    lost = [name for name, zeros in before.items() if zeros > _zeros(program.tensor(name))]
+    if lost:
+        text = (
+            f"{len(lost)} weights had zeros that the rotation did not keep: {listed(lost)}; make "
+            "zeros in the sweep (pattern), or leave rotate out"
+        )
+        ctx.tell(Diagnostic("warning", text, name=lost[0]))
+    return channels
+
+
+def _zeros(weight: torch.Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
 
 
 def _statistics(

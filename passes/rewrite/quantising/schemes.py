@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import torch
+
 from torchlathe.ir import OptionError
 from torchlathe.kernels.dequantize.formats import Format, format_of
+from torchlathe.passes.rewrite.quantising.layouts import Layout
 
 __all__ = ["SCHEMES", "Scheme", "scheme_of"]
 
@@ -33,13 +36,11 @@ class Scheme:
         """The format of the weights."""
         return format_of(self.weights)
 
-    def bits_of(self, rows: int, columns: int) -> int:
-        """What a matrix takes, in bits, with scales and zero points."""
-        form = self.format
-        groups = 1 if self.group == 0 else -(-columns // self.group)
-        stored = -(-columns // form.each) * 8
-        scale = (32 if self.group == 0 else 16) if form.scales == "float" else 8
-        return rows * (stored + groups * (scale + (0 if self.symmetric else 8)))
+    def layout(self, columns: int, dtype: torch.dtype) -> Layout:
+        """What is stored of a matrix of so many columns and this type."""
+        return Layout.of(
+            self.weights, columns, group=self.group, symmetric=self.symmetric, dtype=dtype
+        )
 
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(

@@ -2,9 +2,11 @@
 
 The graph reads stored numbers already, at first none but zeros. All batches run through it in
 lockstep; where they arrive at a layer, its inputs are summed up to a second moment, its numbers are
-swept, and the batches go on through the new ones. So one layer is in work at a time: what is held
-beside the model that was given are the stored numbers so far, what is alive of the batches, and of
-one layer a wide copy or two and three matrices of its columns squared.
+swept, and the batches go on through the new ones. What other calls of the layer are to read cannot
+be there yet: to the moment is added that of what they read before any layer was rounded. So one
+layer is in work at a time: what is held beside the model that was given are the stored numbers so
+far, what is alive of the batches, and of one layer a wide copy or two and three matrices of its
+columns squared, or four if it has other calls.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torchlathe.passes.rewrite.quantising.writing import DEQUANTIZE, Written, ma
 from torchlathe.passes.rewrite.sweeping.masking import Masking
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern
 from torchlathe.passes.rewrite.sweeping.sweep import (
+    check_finite,
     damping_of,
     naming,
     order_by_activity,
@@ -42,6 +45,7 @@ from torchlathe.passes.rewrite.sweeping.sweep import (
 )
 from torchlathe.passes.statistics import Reader
 from torchlathe.passes.statistics.arriving import arrivals
+from torchlathe.passes.statistics.later import LaterCalls
 from torchlathe.passes.statistics.routed import Routed
 from torchlathe.passes.statistics.running import flat_batches
 from torchlathe.passes.statistics.saving import batch_digest, state_key
@@ -49,7 +53,7 @@ from torchlathe.passes.statistics.saving import batch_digest, state_key
 __all__ = ["Gptq", "Job", "Outcome", "stream"]
 
 # Of the files of a checkpoint; those of another form are not looked for.
-_FORM = 3
+_FORM = 4
 # An expert with fewer rows than this share of its columns is rounded to nearest: what its rows do
 # not show, the sweep would spoil. Where the spectrum of the data falls as 1/k, held-out errors are
 # below those of rounding to nearest from a sixteenth on; where it is flat, only past four times.
@@ -85,7 +89,7 @@ class Job:
         written: Where its numbers are.
         weight: The parameter as it was; the model's own tensor, not a copy.
         scheme: What it becomes.
-        reader: How its first call read its input.
+        reader: How its first call read its input, in the order of execution.
     """
 
     written: Written
@@ -117,7 +121,9 @@ class Outcome:
     resumed: bool = False
 
 
-def stream(edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq) -> dict[str, Outcome]:
+def stream(
+    edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq, later: LaterCalls
+) -> dict[str, Outcome]:
     """Sweep the layers in the order in which the program runs them.
 
     Args:
@@ -125,6 +131,7 @@ def stream(edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq) -> dict
         ctx: The batches, and where progress goes.
         jobs: The layers.
         how: Options.
+        later: The calls after the first of each layer, in the program before it was rounded.
 
     Returns:
         By name of the site's parameter.
@@ -137,7 +144,11 @@ def stream(edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq) -> dict
         batches.append(flat)
         digest = batch_digest(digest, batch) if how.checkpoint else ""
     place = {node: i for i, node in enumerate(edit.program.graph.nodes)}
-    ordered = sorted(jobs, key=lambda job: place[job.written.calls[0]])
+    first = {job: min(job.written.calls, key=place.__getitem__) for job in jobs}
+    ordered = sorted(jobs, key=lambda job: place[first[job]])
+    if how.checkpoint and later.program is not None:
+        # What later calls read depends on layers that come after the first call, as they were.
+        digest = state_key(later.program, [digest])
     files = _files(edit.program, how, ordered, digest)
     found: dict[str, Outcome] = {}
     todo: dict[Reader | Routed, Job] = {}
@@ -147,12 +158,13 @@ def stream(edit: Edit, ctx: PassContext, jobs: Sequence[Job], how: Gptq) -> dict
             rewrite(edit, job.written, saved[0])
             found[job.written.site.weight] = saved[1]
         else:
-            todo[_reader(job)] = job
+            todo[_reader(job, first[job])] = job
     stops = {reader: _weight_of(reader.node) for reader in todo}
     for arrival in arrivals(edit.program, batches, list(todo), stops):
         job = todo[arrival.reader]
         name = job.written.site.weight
         ctx.report(f"gptq of {name} ({len(found) + 1}/{len(ordered)})")
+        arrival = later.joined(name, arrival, batches)
         with naming(name):
             stored, outcome = _swept(job, arrival.moments, arrival.counts, how)
         rewrite(edit, job.written, stored)
@@ -186,9 +198,8 @@ def _warnings(job: Job, outcome: Outcome, how: Gptq) -> Iterator[Diagnostic]:
         yield Diagnostic("warning", text, name=site.weight)
 
 
-def _reader(job: Job) -> Reader | Routed:
-    """How the layer reads its input now."""
-    call = job.written.calls[0]
+def _reader(job: Job, call: fx.Node) -> Reader | Routed:
+    """How a call of the layer reads its input now."""
     data = call.args[0]
     assert isinstance(data, fx.Node)
     return replace(job.reader, node=call, operand=data)
@@ -237,6 +248,7 @@ def _one(
     sweeps: bool,
 ) -> tuple[Quantised, tuple[float, float, float], float]:
     """One matrix, its errors as `Outcome` has them, and the damping."""
+    check_finite(moment)
     counts = moment.diagonal()
     grids = grids_of(
         weight,
@@ -269,18 +281,18 @@ def _zeros(
     The sweep is of the matrix several times below itself.
     """
     shape = (times * matrix.shape[0], matrix.shape[1])
+    # What is zero was made so, and stays.
     kept = matrix != 0
+    below = kept.repeat(times, 1)
     site = job.written.site
     if how.pattern is not None and how.pattern.why_not(len(matrix), site.channels) is None:
         # Neighbours stand next to each other in the order of the sweep.
         near = site.channels_last(matrix.device)
         scores = (matrix.square() * moment.diagonal().clamp_min(0))[:, near]
-        plain = how.pattern.mask(scores)[:, near.argsort()]
-        return near, Masking(shape, pattern=how.pattern), plain
+        plain = how.pattern.mask_among(kept[:, near], scores)[:, near.argsort()]
+        return near, Masking(shape, pattern=how.pattern, mask=below), plain
     order = order_by_activity(moment) if how.act_order else None
-    # What is zero was made so, and stays.
-    masking = None if bool(kept.all()) else Masking(shape, mask=kept.repeat(times, 1))
-    return order, masking, kept
+    return order, None if bool(kept.all()) else Masking(shape, mask=below), kept
 
 
 # -- checkpoints -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchlathe.passes.rewrite.sweeping.masking import Masking
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern
-from torchlathe.passes.rewrite.sweeping.sweep import relative_error, sweep
+from torchlathe.passes.rewrite.sweeping.sweep import check_finite, relative_error, sweep
 
 __all__ = ["Method", "Solved", "scores", "solve"]
 
@@ -73,7 +73,12 @@ def solve(
     Returns:
         The result, whose error is never above that of masks by Wanda's scores for ``"sparsegpt"``:
         where the damped sweep would do worse, it gives those.
+
+    Raises:
+        Error: The moment is not finite.
     """
+    if moment is not None:
+        check_finite(moment)
     kind = torch.promote_types(weight.dtype, torch.float32)
     wide = weight.to(kind if moment is None else moment.dtype)
     plain = pattern.mask(scores(wide, None, "magnitude"))
@@ -87,8 +92,12 @@ def solve(
     if method == "wanda":
         return Solved(masked, mask, error, magnitude)
     # Blocks span rows and columns that the sweep has passed, so that their mask comes first.
-    known = mask if pattern.kind == "block" else None
-    projection = Masking((wide.shape[0], wide.shape[1]), pattern=pattern, mask=known)
+    known = pattern.kind == "block"
+    projection = Masking(
+        (wide.shape[0], wide.shape[1]),
+        pattern=None if known else pattern,
+        mask=mask if known else torch.ones_like(mask),
+    )
     swept = sweep(wide, moment, projection, damping=damping)
     after = relative_error(wide, swept.weight, moment)
     if after > error:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
 from torchlathe.ir import Edit, OptionError, Program
 from torchlathe.passes.analysis.families import ZeroInvariantGroups
@@ -20,12 +19,11 @@ from torchlathe.passes.rewrite.factorising.sites import (
 )
 from torchlathe.passes.rewrite.factorising.telling import left_alone
 from torchlathe.passes.rewrite.sparsifying.solving import Method, Solved, solve
+from torchlathe.passes.rewrite.sweeping.calls import readers_of_sites
 from torchlathe.passes.rewrite.sweeping.patterns import Pattern, parse_pattern
 from torchlathe.passes.rewrite.sweeping.sweep import damping_of, naming
-from torchlathe.passes.statistics import Reader, readers_of
 from torchlathe.passes.statistics.arriving import Arrival, arrivals
-from torchlathe.passes.statistics.readers import unfolds
-from torchlathe.passes.statistics.routed import Routed, routed_reader
+from torchlathe.passes.statistics.later import LaterCalls
 from torchlathe.passes.statistics.running import flat_batches, need_data
 
 __all__ = ["SparsifyNM"]
@@ -40,8 +38,9 @@ class SparsifyNM(RewritePass):
     `torchlathe.passes.tune.training.KeepMasks`, leaves the zeros as they are.
 
     Layers are done in order of execution, each with the data that the layers before it give by
-    then. Rows of a convolution's matrix run over the positions of the kernel with the channels
-    innermost, so that N of M neighbours are channels.
+    then; what other calls of it than the first read is taken as it was. Rows of a convolution's
+    matrix run over the positions of the kernel with the channels innermost, so that N of M
+    neighbours are channels.
 
     Source: see `torchlathe.passes.rewrite.sparsifying.solving`.
     """
@@ -116,13 +115,13 @@ class SparsifyNM(RewritePass):
             families=lambda: ctx.analysis(ZeroInvariantGroups),
         )
         refuse_not_finite(program, sites)
-        wanted = []
+        wanted, unfit = [], dict[str, str]()
         for site in sites:
             if reason := self._pattern.why_not(site.outs, _width(site, self._pattern)):
-                left[site.weight] = reason
+                unfit[site.weight] = reason
             else:
                 wanted.append(site)
-        told = [*left_alone(left)]
+        told = [*left_alone(unfit, "warning"), *left_alone(left)]
         if not wanted:
             told.insert(0, Diagnostic("warning", "there is no layer that the pattern fits"))
             return PassResult(False, {"layers": 0}, told)
@@ -131,11 +130,8 @@ class SparsifyNM(RewritePass):
         return PassResult(True, _statistics(layers), told, details=_details(layers))
 
     def _solve(self, program: Program, ctx: PassContext, sites: Sequence[Site]) -> list[_Layer]:
-        readers = readers_of(program) if self.method != "magnitude" else {}
-        known = {}
-        for site in sites if self.method != "magnitude" else ():
-            if (reader := _reader(site, readers)) is not None:
-                known[site] = reader
+        known = readers_of_sites(program, sites if self.method != "magnitude" else ())
+        later = LaterCalls(program, {site.weight: own[1:] for site, own in known.items()})
         blind = [site for site in sites if site not in known]
         found: dict[Site, _Layer] = {}
         with program.edit(by=ctx.spec) as edit:
@@ -144,10 +140,11 @@ class SparsifyNM(RewritePass):
             if known:
                 need_data(ctx, "zeros are chosen so that outputs on it stay as they are")
                 batches = [flat for _, flat in flat_batches(program, ctx)]
-                of = {reader.node: site for site, reader in known.items()}
-                for arrival in arrivals(program, batches, list(known.values())):
-                    site = of[arrival.reader.node]
-                    with naming(site.weight):
+                of = {own[0]: site for site, own in known.items()}
+                for first in arrivals(program, batches, list(of)):
+                    site = of[first.reader]
+                    arrival = later.joined(site.weight, first, batches)
+                    with naming(site.weight, "made sparse"):
                         self._one(edit, ctx, site, arrival, len(sites), found)
                     _warn_of_few(ctx, site, min(arrival.counts))
         return [found[site] for site in sites]
@@ -202,16 +199,6 @@ class _Layer:
     def magnitude(self) -> float:
         """The same for the smallest magnitudes."""
         return sum(one.magnitude for one in self.solved) / len(self.solved)
-
-
-def _reader(site: Site, readers: Mapping[fx.Node, Reader]) -> Reader | Routed | None:
-    """How the first call of a site reads its data, if features are the columns of the site."""
-    if site.kind == "experts":
-        return routed_reader(site.calls[0])
-    reader = readers.get(site.calls[0])
-    if reader is None or site.kind == "embedding":
-        return None
-    return reader if site.kind == "linear" or unfolds(reader) else None
 
 
 def _width(site: Site, pattern: Pattern) -> int:

@@ -22,7 +22,8 @@ class Masking:
     Args:
         shape: Of the matrix.
         pattern: What a mask that is chosen has to look like.
-        mask: A mask that is known beforehand, instead.
+        mask: Where entries may stay, as is known beforehand; a pattern chooses among these, and
+            writes into it.
 
     Attributes:
         mask: (rows, columns) bool, where entries stay; complete after the sweep.
@@ -36,17 +37,16 @@ class Masking:
         pattern: Pattern | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        self._pattern = pattern if mask is None else None
-        self.span = 0
-        if self._pattern is not None:
-            of_many = self._pattern.kind == "n:m"
-            self.span = self._pattern.span if of_many else min(_TOGETHER, shape[1])
+        self._pattern, self.span = pattern, 0
+        if pattern is not None:
+            self.span = pattern.span if pattern.kind == "n:m" else min(_TOGETHER, shape[1])
         self.mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask
 
     def look(self, columns: Tensor, ahead: Tensor, pivots: Tensor) -> None:
         """Choose the mask of the next columns by what losing an entry costs now."""
         if self._pattern is not None:
-            self.mask[:, columns] = self._pattern.mask((ahead / pivots).square())
+            own = self.mask[:, columns]
+            self.mask[:, columns] = self._pattern.mask_among(own, (ahead / pivots).square())
 
     def project(self, columns: Tensor, values: Tensor) -> Tensor:
         """Zero where the mask says so."""

@@ -73,6 +73,15 @@ class Pattern:
         left = flat.shape[1] - math.floor(self.sparsity * flat.shape[1])
         return _highest(flat, left).view_as(scores)
 
+    def mask_among(self, kept: Tensor, scores: Tensor) -> Tensor:
+        """The mask of those entries that are kept already; the others count as zeros of it.
+
+        Args:
+            kept: (rows, columns) bool.
+            scores: As `mask` takes them.
+        """
+        return self.mask(scores.masked_fill(~kept, -1)) & kept
+
     def _blocks(self, scores: Tensor) -> Tensor:
         rows, columns = scores.shape
         side = self.span

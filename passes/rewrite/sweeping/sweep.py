@@ -28,6 +28,7 @@ from torchlathe.ir import Error, InputError
 __all__ = [
     "Projection",
     "Swept",
+    "check_finite",
     "damping_of",
     "naming",
     "order_by_activity",
@@ -182,20 +183,30 @@ def damping_of(moment: Tensor, rows: int, least: float) -> float:
 
 
 @contextmanager
-def naming(layer: str) -> Iterator[None]:
-    """Say of an error in a sweep which layer it is about.
+def naming(layer: str, done: str = "swept") -> Iterator[None]:
+    """Say of an error about data which layer it is about, and what cannot be done to that.
 
     Raises:
-        InputError: Whatever `sweep` raised.
+        InputError: Whatever `sweep` or `check_finite` raised.
     """
     try:
         yield
     except Error as error:
         raise InputError(
-            f"{layer} cannot be swept: {error.message}",
+            f"{layer} cannot be {done}: {error.message}",
             where=layer,
             hint="look for NaN and infinity in the calibration data and in the layers before",
         ) from error
+
+
+def check_finite(moment: Tensor) -> None:
+    """Refuse a moment of data that has NaN or infinity in it.
+
+    Raises:
+        Error: It is not finite.
+    """
+    if not math.isfinite(float(moment.sum())):
+        raise Error("the data that a layer reads has values that are not finite")
 
 
 def _factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -204,8 +215,7 @@ def _factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, floa
     H is the moment with its columns in the order of the sweep.
     """
     mean = float(moment.diagonal().mean())
-    if not math.isfinite(float(moment.sum())):
-        raise Error("the data that a layer reads has values that are not finite")
+    check_finite(moment)
     if mean <= 0:
         # No data excites anything: there is nothing to make up for.
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device), damping
