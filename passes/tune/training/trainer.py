@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from torchlathe.passes.tune.training.module import (
 )
 from torchlathe.passes.tune.training.options import TrainingOptions
 from torchlathe.passes.tune.training.processes import Processes
+from torchlathe.passes.tune.training.progress import Progress, TrainingResult
 
-__all__ = ["Forward", "MakeOptimizer", "Objective", "Trainer", "TrainingResult"]
+__all__ = ["Forward", "MakeOptimizer", "Objective", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -56,63 +57,6 @@ class Forward:
 Objective = Callable[[Forward], torch.Tensor]
 Metrics = Callable[[Forward], Mapping[str, float]]
 MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter], TrainingOptions], torch.optim.Optimizer]
-
-
-@dataclass
-class TrainingResult:
-    """What a training came to.
-
-    Attributes:
-        tensors: What training changed: trained parameters and running statistics, by name. They
-            are the best of all evaluations, or the last if the options say so.
-        losses: The loss of each step.
-        evaluations: ``step``, ``loss`` and further metrics, in order; the first is at the start.
-        best: The one with the least loss; None without evaluations.
-        steps: How many were done.
-        stopped: Why before the end: ``"early"``, ``"diverged"``, or "" for neither.
-        seconds: That this took, in this process, without what an interrupted run had done.
-        resumed_at: The step that it went on from; 0 for a run from the start.
-        records: What hooks had to say, per step.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    losses: list[float]
-    evaluations: list[dict[str, float]]
-    best: dict[str, float] | None
-    steps: int
-    stopped: str
-    seconds: float
-    resumed_at: int
-    records: list[dict[str, float]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it, for the report; curves of many steps are thinned out."""
-        stride = max(1, len(self.losses) // 500)
-        return {
-            "losses": [[i + 1, self.losses[i]] for i in range(0, len(self.losses), stride)],
-            "evaluations": self.evaluations,
-            "best": self.best,
-            "steps": self.steps,
-            "stopped": self.stopped,
-            "seconds": self.seconds,
-            "records": self.records[::stride],
-        }
-
-
-@dataclass
-class _Progress:
-    """Everything that a checkpoint holds, but parameters and optimizer."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    records: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, float] | None = None
-    stale: int = 0
-    stopped: str = ""
-    done: bool = False
 
 
 class Trainer:
@@ -183,7 +127,7 @@ class Trainer:
         self.parameters = self.module.trainable()
         self._make = optimizer
         self._best: dict[str, torch.Tensor] = {}
-        self._now = _Progress()
+        self._now = Progress()
         self._epoch_random = torch.get_rng_state()
         self._resumed_random: Mapping[str, torch.Tensor] | None = None
 
@@ -476,7 +420,7 @@ class Trainer:
         state = self._checkpoint().load() if self.options.checkpoint else None
         if state is None:
             return 0
-        self._now = _Progress(**state["progress"])
+        self._now = Progress(**state["progress"])
         self.module.load_state(state["module"])
         self._best = {n: like(v, self.module.tensor(n)) for n, v in state["best"].items()}
         self.processes.load_optimizer(self.optimizer, state["optimizer"])
