@@ -122,7 +122,10 @@ class TrainingData:
         return _Chosen(self._data, self._train)
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Part]:
-        """The batches of an epoch, from one on; what comes before is passed over at once."""
+        """The batches of an epoch, from one on; what comes before is passed over at once.
+
+        A training that was saved when it had taken the last one skips all of them.
+        """
         if self._train is None:
             parts = self._parts(self._data)
             for _ in range(skip):
@@ -134,6 +137,8 @@ class TrainingData:
             mixed = torch.randperm(len(order), generator=generator).tolist()
             order = [order[i] for i in mixed]
         assert _indexable(self._data)
+        if skip and skip >= len(order):
+            return iter(())
         return self._parts(_Chosen(self._data, order[skip:]))
 
     def held(self) -> Iterator[Part]:
