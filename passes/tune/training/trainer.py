@@ -349,7 +349,7 @@ class Trainer:
         now = self._now
         found = {"step": now.step, **self.evaluate()}
         now.evaluations.append(found)
-        if now.best is None or found["loss"] < now.best["loss"]:
+        if self._is_best(found["loss"]):
             now.best, now.stale = found, 0
             if self.options.keep_best:
                 self._best = self._current()
@@ -358,11 +358,20 @@ class Trainer:
             if self.options.patience and now.stale >= self.options.patience:
                 now.stopped = "early"
 
+    def _is_best(self, loss: float) -> bool:
+        """Whether an evaluation is the best so far; what was given is, whatever its loss."""
+        best = self._now.best
+        if best is None:
+            return math.isfinite(loss) or not self._now.step
+        return loss < best["loss"] or (math.isfinite(loss) and math.isnan(best["loss"]))
+
     def _diverged(self, loss: float) -> None:
         now = self._now
         message = f"the loss became {loss} at step {now.step + 1}, where training stopped"
         if not self.options.keep_best:
             raise InputError(message, hint="a smaller lr, or a warm-up")
+        if now.best is None:
+            raise _nothing_kept(message)
         now.stopped = "diverged"
         self.ctx.tell(Diagnostic("warning", f"{message}; try a smaller lr, or a warm-up"))
 
@@ -370,6 +379,8 @@ class Trainer:
         return {name: self.module.tensor(name).detach().clone() for name in self.module.changing()}
 
     def _final(self) -> dict[str, torch.Tensor]:
+        if self.options.keep_best and self._now.best is None:
+            raise _nothing_kept("no loss on the batches held out was finite")
         return self._best if self.options.keep_best else self._current()
 
     def _report(self, loss: float) -> None:
@@ -436,6 +447,13 @@ class Trainer:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _nothing_kept(message: str) -> InputError:
+    return InputError(
+        f"{message}, and no state before it counts as the best",
+        hint="a smaller lr, a warm-up, or evaluations more often (evaluate_every)",
+    )
 
 
 def _name(hook: Hook) -> str:
