@@ -112,3 +112,88 @@ def test_passes_go_on_from_the_end_of_an_epoch(passes: str, stop: int, tmp_path:
     resumed, wanted = run("stopped"), run("whole")
     for name, value in wanted.parameters.items():
         assert torch.equal(value, resumed.tensor(name)), name
+
+
+def weighed(weight: float) -> Any:
+    return lambda outputs, batch: weight * F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "sparse-train{steps=12",
+        "structured-erase{sparsity=0.5},heal{method=distil,steps=4,task=1.0",
+        "structured-erase{sparsity=0.5},distill{steps=4",
+    ],
+    ids=["sparse-train", "heal", "distill"],
+)
+def test_another_loss_and_other_batches_are_another_training(passes: str, tmp_path: Path) -> None:
+    program, batches = task()
+    changed = [batches[0], *((x + 1, y) for x, y in batches[1:-1]), batches[-1]]
+    given = [(weighed(1.0), batches), (weighed(2.0), batches), (weighed(1.0), changed)]
+    spec = f"{passes},checkpoint={tmp_path}}}"
+
+    def run(chosen: Any, data: list[Any]) -> tuple[tl.Program, list[str]]:
+        told: list[str] = []
+        manager = tl.PassManager(spec)
+        return manager.run(program, calibration=data, loss=chosen, progress=told.append), told
+
+    for number, (chosen, data) in enumerate(given, 1):
+        first, told = run(chosen, data)
+        assert not any("going on" in line for line in told)
+        assert len(list(tmp_path.iterdir())) == number
+        again, told = run(chosen, data)
+        assert any("going on" in line for line in told)
+        for name, value in first.parameters.items():
+            assert torch.equal(value, again.tensor(name)), name
+
+
+def test_another_objective_and_other_batches_to_evaluate_on_are_another_training(
+    tmp_path: Path,
+) -> None:
+    program, batches = tied()
+    options = TrainingOptions(steps=3, lr=1e-2, checkpoint=str(tmp_path), save_every=1)
+    for number in range(1, 4):
+        objectives = [objective, lambda forward: 2 * objective(forward), objective]
+        validation = None if number < 3 else batches[:1]
+        result = Trainer(
+            program,
+            PassContext(program, "test", batches),
+            options,
+            objective=objectives[number - 1],
+            validation=validation,
+        ).run()
+        assert result.resumed_at == 0
+        assert len(list(tmp_path.iterdir())) == number
+
+
+def test_batches_are_hashed_once_and_draw_nothing(tmp_path: Path) -> None:
+    program, batches = tied()
+
+    class Drawing:
+        """Batches that draw when they are read."""
+
+        def __init__(self) -> None:
+            self.reads = 0
+
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __getitem__(self, index: int) -> Any:
+            self.reads += 1
+            torch.rand(1)
+            return batches[index]
+
+    found = []
+    for folder in (None, str(tmp_path)):
+        data: Any = Drawing()
+        options = TrainingOptions(
+            steps=7, lr=1e-2, dropout=True, evaluate_every=7, save_every=1, checkpoint=folder
+        )
+        torch.manual_seed(5)
+        ctx = PassContext(program, "test", data)
+        result = Trainer(program, ctx, options, objective=objective).run()
+        found.append((result.losses, data.reads))
+    (plain, few), (saved, more) = found
+    assert plain == saved
+    assert more == few + len(batches)

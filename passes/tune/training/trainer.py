@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchlathe.ir import InputError, PreconditionError, Program
 from torchlathe.passes.base import Diagnostic, PassContext
 from torchlathe.passes.statistics.running import device_of
 from torchlathe.passes.statistics.saving import batch_digest, state_key
+from torchlathe.passes.statistics.telling import callable_text
 from torchlathe.passes.tune.training.checkpoints import Checkpoint
 from torchlathe.passes.tune.training.data import Part, TrainingData
 from torchlathe.passes.tune.training.hooks import Hook
@@ -82,7 +84,7 @@ class Trainer:
         expand: From flat inputs to those that the program is given instead in training, perhaps
             of more samples; `Forward.flat` is without it.
         written: Names of tensors that hooks or the optimizer write to, besides those trained.
-        key: What the objective is, for the name of the checkpoint.
+        key: What the objective is, for the name of the checkpoint; its code unless given.
 
     Attributes:
         module: The program as a module; see `TrainingModule`.
@@ -401,12 +403,17 @@ class Trainer:
             self._save()
 
     def _checkpoint(self) -> Checkpoint:
-        options = replace(self.options, checkpoint=None, save_every=1)
-        about = [state_key(self.program, [repr(options), self._key, str(self.ctx.seed)])]
-        about.append(self.batches.digest(batch_digest))
         folder = self.options.checkpoint
         assert folder is not None
-        return Checkpoint(folder, about)
+        return Checkpoint(folder, self._about)
+
+    @cached_property
+    def _about(self) -> list[str]:
+        """What the run is: program, options, objective, loss, seed, batches."""
+        options = replace(self.options, checkpoint=None, save_every=1)
+        objective = self._key or callable_text(self.objective)
+        told = [repr(options), objective, callable_text(self.ctx.loss), str(self.ctx.seed)]
+        return [state_key(self.program, told), self.batches.digest(batch_digest)]
 
     def _save(self) -> None:
         state = {
