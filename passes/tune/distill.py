@@ -14,6 +14,7 @@ from torchlathe.passes.base import Diagnostic, PassContext, PassResult
 from torchlathe.passes.statistics.running import flat_batches
 from torchlathe.passes.tune.distilling.attending import AttentionSite, paired_sites
 from torchlathe.passes.tune.distilling.heads import ends_of_blocks, with_heads
+from torchlathe.passes.tune.distilling.images import StructuralSimilarity
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, turned
 from torchlathe.passes.tune.distilling.learning_teacher import LearningTeacher
 from torchlathe.passes.tune.distilling.objective import (
@@ -80,6 +81,13 @@ class Distill(TrainerPass):
     values: ValueLoss = field(
         default="values", metadata={"help": "between outputs that are no logits"}
     )
+    data_range: float = field(
+        default=1.0, metadata={"help": "of ms-ssim: largest less least value that images can have"}
+    )
+    scales: int = field(
+        default=0,
+        metadata={"help": "of ms-ssim: 1 to 5; 0 for as many as the images have room for"},
+    )
     outputs: Outputs = field(
         default="auto", metadata={"help": "whether outputs are logits or other values"}
     )
@@ -144,6 +152,7 @@ class Distill(TrainerPass):
         if self.rotations and not self.heads:
             raise OptionError("rotations are for auxiliary heads to tell", hint="heads=2")
         self.degrees()
+        self.similarity()
         teachers = as_teachers(self.teacher)
         if self.attention and len(teachers) < 2:
             raise OptionError("attention is between teachers, and there is one", hint="teacher=[…]")
@@ -162,6 +171,10 @@ class Distill(TrainerPass):
         return Temperature(
             self.temperature, self.temperature_least, self.temperature_schedule, self.steps
         )
+
+    def similarity(self) -> StructuralSimilarity:
+        """The loss of images by ``values=ms-ssim``."""
+        return StructuralSimilarity(self.data_range, self.scales or None)
 
     def check(self, program: Program, ctx: PassContext) -> None:
         """Refuse to begin without data.
@@ -261,6 +274,7 @@ class Distill(TrainerPass):
             logit_loss=self.loss,
             delta=self.delta,
             value_loss=self.values,
+            similarity=self.similarity(),
             hidden=self.hidden,
             pairs=pairs,
             mixture=self._mixture(len(teachers), program, logits, ctx.seed),

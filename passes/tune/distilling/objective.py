@@ -48,6 +48,7 @@ class DistillingObjective:
         logit_loss: Plain or balanced.
         delta: Of the balanced one.
         value_loss: For outputs that are no logits.
+        similarity: That of images, where it is the loss.
         hidden: Weight of hidden states.
         pairs: Names of nodes here and in the first teacher whose values are to agree.
         mixture: Learns whom to listen to; None for the mean of all.
@@ -73,6 +74,7 @@ class DistillingObjective:
     logit_loss: LogitLoss = "kd"
     delta: float = 2.0
     value_loss: ValueLoss = "values"
+    similarity: StructuralSimilarity = field(default_factory=StructuralSimilarity)
     hidden: float = 0.0
     pairs: Sequence[tuple[str, str]] = ()
     mixture: TeacherMixture | None = None
@@ -204,7 +206,7 @@ class DistillingObjective:
     def _value_loss(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         if self.value_loss == "spectrum":
             return SpectrumMatching()
-        return StructuralSimilarity() if self.value_loss == "ms-ssim" else ValueMatching()
+        return self.similarity if self.value_loss == "ms-ssim" else ValueMatching()
 
     def _headed(self, forward: Forward, degree: float) -> torch.Tensor:
         """Each head learns labels, and from the deepest: the model's own, or of pairs the last."""
