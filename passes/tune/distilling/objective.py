@@ -11,6 +11,7 @@ import torch
 from torchlathe.ir import InputError, Program
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.statistics.losses import loss_of
+from torchlathe.passes.statistics.running import first_extent
 from torchlathe.passes.tune.distilling.attending import AttentionSite
 from torchlathe.passes.tune.distilling.images import SpectrumMatching, StructuralSimilarity
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, JointLabels
@@ -141,7 +142,7 @@ class DistillingObjective:
         if self.heads and forward.training:
             loss = loss + self.head_weight * self._headed(forward, degree)
         if forward.training:
-            self.temperature.tell(float(loss.detach()))
+            self.temperature.hear(loss, first_extent(own.flat))
             if self.teachers.learning is not None:
                 loss = loss + self._teacher_loss(self.teachers.learning, own, told[0], degree)
         return loss
