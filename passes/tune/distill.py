@@ -245,6 +245,9 @@ class Distill(TrainerPass):
             student, heads = headed.program, headed.heads
         objective = self._objective(program, teachers, ctx, logits, heads)
         trainer = self._trainer(student, program, ctx, objective)
+        if self.anchors:
+            data = replace(ctx, calibration=trainer.batches.training_batches())
+            objective.anchors = self._anchors(program, teachers[0], logits, data)
         if self.condition:
             objective.weights = lambda: {
                 name: value for name, value in trainer.parameters.items() if value.dim() > 1
@@ -261,7 +264,7 @@ class Distill(TrainerPass):
         logits: Sequence[bool],
         heads: int,
     ) -> DistillingObjective:
-        """The loss, whose ``weights`` are not known yet."""
+        """The loss, whose ``weights`` and ``anchors`` are not known yet."""
         pairs, maps = self._inside(program, teachers[0])
         taps = [name for _, site in maps for name in site.taps]
         return DistillingObjective(
@@ -284,7 +287,6 @@ class Distill(TrainerPass):
             rotations=self.rotations,
             maps=maps,
             map_weight=self.attention_maps,
-            anchors=self._anchors(program, teachers[0], logits, ctx),
             anchor_weight=self.anchor_weight,
             features=self._features(program) if self.bias else None,
             bias=BiasLoss(beta=self.bias),
@@ -321,14 +323,12 @@ class Distill(TrainerPass):
 
     def _anchors(
         self, program: Program, teacher: Teacher, logits: Sequence[bool], ctx: PassContext
-    ) -> Anchors | None:
-        """Centres of the teacher's embeddings of all batches.
+    ) -> Anchors:
+        """Centres of the teacher's embeddings of the batches of ``ctx``.
 
         Raises:
             PreconditionError: No output is embeddings, (batch, features).
         """
-        if not self.anchors:
-            return None
         nodes: Any = program.output_node.args[0]
         places = [
             i

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
 import torchlathe as tl
 from tests.passes.test_distill import Net, loss, student, task
@@ -268,6 +269,31 @@ def test_anchors_of_embeddings() -> None:
     )
     with pytest.raises(tl.Error, match="no output is such"):
         distilled(anchors=3)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["list", "loader"])
+def test_anchors_are_of_the_batches_to_train_on(
+    listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 6) for _ in range(8)]
+    program = tl.capture(nn.Linear(6, 5).eval(), (batches[0],), dynamic_shapes="auto")
+    seen: list[torch.Tensor] = []
+
+    def of(embeddings: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tensor:
+        seen.append(embeddings)
+        return embeddings[:count]
+
+    monkeypatch.setattr(Anchors, "of", of)
+    teacher = nn.Linear(6, 5)
+    pass_ = Distill(teacher=teacher, anchors=2, steps=2, outputs="values", held_out=0.25)
+    rows: Any = torch.cat(batches)
+    data: Any = batches if listed else DataLoader(rows, batch_size=4)
+    PassManager([pass_]).run(program, calibration=data)
+    (found,) = seen
+    # The last two are held out of a list; those of a loader cannot be.
+    want = teacher(rows[:24] if listed else rows).detach()
+    torch.testing.assert_close(found, want)
 
 
 class Prefixed(nn.Module):
