@@ -66,7 +66,10 @@ class Distill(TrainerPass):
 
     Keeps: as `Heal`.
     Source: arXiv 1503.02531 (knowledge distillation), BD-KD, LSSKD, HPM-KD; see the classes in
-    ``torchlathe.passes.tune.distilling`` for each.
+    ``torchlathe.passes.tune.distilling`` for each. Other than in HPM-KD (arXiv 2512.09886), the
+    divergence is multiplied by T^2, so that ``alpha`` means about the same at each temperature; and
+    sizes in a ``chain`` are what its pipelines make them, and not those of a geometric series,
+    ``|teacher| (|student| / |teacher|)^(i / L)``.
     """
 
     name: ClassVar[str] = "distill"

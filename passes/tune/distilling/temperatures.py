@@ -26,8 +26,9 @@ class Temperature(Hook):
     between the least and the largest so far, so that the temperature is high while there is much
     to learn; a step's is the mean over the samples of all processes. ``"constant"``: s is 1.
 
-    Source: HPM-KD's temperature schedules; its third, by the slope of the loss, contradicts its own
-    description and is left out.
+    Source: HPM-KD's temperature schedules (arXiv 2512.09886). Its third is left out: it is
+    ``s = exp(-lambda |dL/dt|)``, low where the loss is steep, and described as the opposite. The
+    paper does not multiply the divergence by T^2, as `KnowledgeDistillation` does.
 
     Args:
         most: T_max.
