@@ -45,7 +45,7 @@ def callable_text(function: Any) -> str:
     if function is None:
         return "none"
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{name} {hashlib.sha256(_Telling().of_callable(function).encode()).hexdigest()[:16]}"
+    return f"{name} {hashlib.sha256(_Telling().of(function).encode()).hexdigest()[:16]}"
 
 
 class _Telling:
@@ -67,9 +67,6 @@ class _Telling:
         if isinstance(value, tuple | frozenset):  # equal ones may or may not be one object
             return self._compound(value)
         return self._once(value, self._compound)
-
-    def of_callable(self, function: Any) -> str:
-        return self._once(function, self._called)
 
     def _once(self, value: Any, tell: Callable[[Any], str]) -> str:
         if id(value) in self._seen:
