@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torchlathe.passes.statistics.calibration import Calibration, Path
 from torchlathe.passes.statistics.losses import check_loss, loss_of
 from torchlathe.passes.statistics.moments import Moments
 from torchlathe.passes.statistics.running import first_extent, usable, without_inference
-from torchlathe.passes.statistics.saving import callable_text
 from torchlathe.passes.statistics.storage import MatrixStore
 from torchlathe.passes.statistics.streaming import Stream
+from torchlathe.passes.statistics.telling import callable_text
 from torchlathe.passes.statistics.watching import Watch
 
 __all__ = ["collect", "collect_moments"]
@@ -91,8 +92,8 @@ def collect(
     run = _Run(program, ctx, found, run_dtype, setting.samples)
     if run.gradients:
         check_loss(program, ctx)
-    loss = [callable_text(f) for f in (ctx.loss, setting.samples)] if run.gradients else []
-    lines = [*(w.describe() for w in found), *map(str, (dtype, run_dtype, ctx.seed)), *loss]
+    loss = map(callable_text, (ctx.loss, setting.samples) if run.gradients else ())
+    lines = chain((w.describe() for w in found), map(str, (dtype, run_dtype, ctx.seed)), loss)
     # The number is what tells the accumulators of one node apart.
     named = {f"{w.node.name}.{i}": to for i, (w, to) in enumerate(found.items())}
     Stream(program, ctx, setting, named, lines, store).run(run.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torchlathe.passes.statistics.running import (
     usable,
     without_inference,
 )
-from torchlathe.passes.statistics.saving import callable_text
 from torchlathe.passes.statistics.storage import MatrixStore
 from torchlathe.passes.statistics.streaming import Stream
+from torchlathe.passes.statistics.telling import callable_text
 
 __all__ = [
     "GradientMoments",
@@ -179,7 +180,8 @@ def collect_gradients(
         for name, pair in sums.items()
         for kind, total in zip(("total", "squares"), pair, strict=True)
     }
-    lines = [f"gradients|{per_sample}|{sorted(wanted)}|{ctx.seed}", callable_text(ctx.loss)]
+    about = f"gradients|{per_sample}|{sorted(wanted)}|{ctx.seed}"
+    lines = chain((about,), map(callable_text, (ctx.loss,)))
     Stream(program, ctx, setting, named, lines, store, what="gradients").run(step)
     return {
         name: GradientMoments(total.count, total.value, squares.value)

@@ -10,20 +10,17 @@ import platform
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchlathe.ir import ArtifactError, InputError, Program
 from torchlathe.passes.statistics.accumulators import Accumulator
 
-__all__ = ["StateFile", "batch_digest", "callable_text", "state_key"]
+__all__ = ["StateFile", "batch_digest", "state_key"]
 
 _NAMES = {
     torch.float64: "F64",
@@ -169,50 +166,6 @@ def state_key(program: Program, watched: Iterable[str]) -> str:
     for line in watched:
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()[:24]
-
-
-def callable_text(function: Any) -> str:
-    """What a function is called and a hash of its code, the same in each process.
-
-    What it reads from elsewhere (closures, globals, attributes of an object) is not in it, but the
-    arguments of a `functools.partial` are, and which node an object is about (a reader of layers).
-    """
-    if function is None:
-        return "none"
-    if isinstance(function, partial):
-        given = [*function.args, *sorted(function.keywords.items())]
-        return f"{callable_text(function.func)} {_given_text(given)}"
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    if (owner := getattr(function, "__self__", None)) is not None:
-        name = f"{name} {_given_text(owner)}"
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return str(name)
-    return f"{name} {hashlib.sha256(_code_text(code).encode()).hexdigest()[:16]}"
-
-
-def _code_text(code: CodeType) -> str:
-    """Instructions, names and constants, those of functions inside as well."""
-    constants = [
-        _code_text(c)
-        if isinstance(c, CodeType)
-        # The order of a set is another one in each process.
-        else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
-        for c in code.co_consts
-    ]
-    return f"{code.co_code!r}{code.co_names}{constants}"
-
-
-def _given_text(value: Any) -> str:
-    """A text of a value that is the same in each process; of an object, its class and node."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_given_text, value))}]"
-    if isinstance(value, int | float | str | torch.dtype | fx.Node | None):
-        return repr(value)
-    if callable(value):
-        return callable_text(value)
-    node = getattr(value, "node", None)
-    return f"{type(value).__qualname__} {node if isinstance(node, fx.Node) else ''}"
 
 
 def batch_digest(before: str, batch: Any) -> str:

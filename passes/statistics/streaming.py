@@ -31,7 +31,8 @@ class Stream:
         ctx: The batches, and where progress goes.
         setting: Where a state is saved, and how often.
         accumulators: All that the step adds to; with ``resume``, each needs `Accumulator.state`.
-        about: A line for each thing that is collected; other lines have another state.
+        about: A line for each thing that is collected; other lines have another state. Read only to
+            save one.
         store: Where the accumulators' matrices are; progress tells how much is in files.
         what: What is collected, for progress.
         limit: Take so many batches at most; None for all.

@@ -12,7 +12,7 @@ from torch import fx
 
 from torchlathe.ir import OptionError
 from torchlathe.passes.statistics.accumulators import Accumulator
-from torchlathe.passes.statistics.saving import callable_text
+from torchlathe.passes.statistics.telling import callable_text
 
 __all__ = ["Watch"]
 

@@ -14,6 +14,7 @@ from torchlathe.passes.base import Diagnostic, PassContext, PassResult
 from torchlathe.passes.statistics.running import flat_batches
 from torchlathe.passes.tune.distilling.attending import AttentionSite, paired_sites
 from torchlathe.passes.tune.distilling.heads import ends_of_blocks, with_heads
+from torchlathe.passes.tune.distilling.images import StructuralSimilarity
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, turned
 from torchlathe.passes.tune.distilling.learning_teacher import LearningTeacher
 from torchlathe.passes.tune.distilling.objective import (
@@ -65,7 +66,10 @@ class Distill(TrainerPass):
 
     Keeps: as `Heal`.
     Source: arXiv 1503.02531 (knowledge distillation), BD-KD, LSSKD, HPM-KD; see the classes in
-    ``torchlathe.passes.tune.distilling`` for each.
+    ``torchlathe.passes.tune.distilling`` for each. Other than in HPM-KD (arXiv 2512.09886), the
+    divergence is multiplied by T^2, so that ``alpha`` means about the same at each temperature; and
+    sizes in a ``chain`` are what its pipelines make them, and not those of a geometric series,
+    ``|teacher| (|student| / |teacher|)^(i / L)``.
     """
 
     name: ClassVar[str] = "distill"
@@ -79,6 +83,13 @@ class Distill(TrainerPass):
     delta: float = field(default=2.0, metadata={"help": "how much BD-KD favours a divergence"})
     values: ValueLoss = field(
         default="values", metadata={"help": "between outputs that are no logits"}
+    )
+    data_range: float = field(
+        default=1.0, metadata={"help": "of ms-ssim: largest less least value that images can have"}
+    )
+    scales: int = field(
+        default=0,
+        metadata={"help": "of ms-ssim: 1 to 5; 0 for as many as the images have room for"},
     )
     outputs: Outputs = field(
         default="auto", metadata={"help": "whether outputs are logits or other values"}
@@ -144,6 +155,7 @@ class Distill(TrainerPass):
         if self.rotations and not self.heads:
             raise OptionError("rotations are for auxiliary heads to tell", hint="heads=2")
         self.degrees()
+        self.similarity()
         teachers = as_teachers(self.teacher)
         if self.attention and len(teachers) < 2:
             raise OptionError("attention is between teachers, and there is one", hint="teacher=[…]")
@@ -162,6 +174,10 @@ class Distill(TrainerPass):
         return Temperature(
             self.temperature, self.temperature_least, self.temperature_schedule, self.steps
         )
+
+    def similarity(self) -> StructuralSimilarity:
+        """The loss of images by ``values=ms-ssim``."""
+        return StructuralSimilarity(self.data_range, self.scales or None)
 
     def check(self, program: Program, ctx: PassContext) -> None:
         """Refuse to begin without data.
@@ -232,6 +248,9 @@ class Distill(TrainerPass):
             student, heads = headed.program, headed.heads
         objective = self._objective(program, teachers, ctx, logits, heads)
         trainer = self._trainer(student, program, ctx, objective)
+        if self.anchors:
+            data = replace(ctx, calibration=trainer.batches.training_batches())
+            objective.anchors = self._anchors(program, teachers[0], logits, data)
         if self.condition:
             objective.weights = lambda: {
                 name: value for name, value in trainer.parameters.items() if value.dim() > 1
@@ -248,7 +267,7 @@ class Distill(TrainerPass):
         logits: Sequence[bool],
         heads: int,
     ) -> DistillingObjective:
-        """The loss, whose ``weights`` are not known yet."""
+        """The loss, whose ``weights`` and ``anchors`` are not known yet."""
         pairs, maps = self._inside(program, teachers[0])
         taps = [name for _, site in maps for name in site.taps]
         return DistillingObjective(
@@ -261,6 +280,7 @@ class Distill(TrainerPass):
             logit_loss=self.loss,
             delta=self.delta,
             value_loss=self.values,
+            similarity=self.similarity(),
             hidden=self.hidden,
             pairs=pairs,
             mixture=self._mixture(len(teachers), program, logits, ctx.seed),
@@ -270,7 +290,6 @@ class Distill(TrainerPass):
             rotations=self.rotations,
             maps=maps,
             map_weight=self.attention_maps,
-            anchors=self._anchors(program, teachers[0], logits, ctx),
             anchor_weight=self.anchor_weight,
             features=self._features(program) if self.bias else None,
             bias=BiasLoss(beta=self.bias),
@@ -307,14 +326,12 @@ class Distill(TrainerPass):
 
     def _anchors(
         self, program: Program, teacher: Teacher, logits: Sequence[bool], ctx: PassContext
-    ) -> Anchors | None:
-        """Centres of the teacher's embeddings of all batches.
+    ) -> Anchors:
+        """Centres of the teacher's embeddings of the batches of ``ctx``.
 
         Raises:
             PreconditionError: No output is embeddings, (batch, features).
         """
-        if not self.anchors:
-            return None
         nodes: Any = program.output_node.args[0]
         places = [
             i

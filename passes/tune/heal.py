@@ -201,6 +201,9 @@ class _Healing:
         for name in first:
             if name != "stage":
                 found[f"{name}_before"], found[f"{name}_after"] = first[name], last[name]
+        for result in self.results.values():
+            if result.stopped:
+                found["stopped"] = result.stopped
         return found
 
     def _details(self) -> dict[str, Any]:

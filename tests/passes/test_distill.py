@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import torchlathe as tl
+from tests.passes.test_training import worker
+from tests.passes.training_worker import distil
 from torchlathe.ir import InputError, OptionError, PreconditionError
 from torchlathe.passes import Distill, PassManager
 from torchlathe.passes.base import PassContext
@@ -237,6 +241,38 @@ def test_temperatures() -> None:
     again = Temperature(8.0, 2.0, "loss")
     again.load_state(by_loss.state())
     assert again.at(3) == by_loss.at(3)
+
+
+def test_a_temperature_follows_the_mean_loss_of_all_processes() -> None:
+    def trainer(other: list[float]) -> Any:
+        """One of two processes; the other one has this sum of losses over so many samples."""
+        found = SimpleNamespace(sum=lambda value: value + torch.tensor(other, dtype=value.dtype))
+        return SimpleNamespace(processes=found)
+
+    first, second = (Temperature(8.0, 2.0, "loss") for _ in range(2))
+    for losses in ((4.0, 2.0), (1.0, 2.0), (2.5, 1.0)):
+        for mine, own, others in ((first, 0, 1), (second, 1, 0)):
+            # Three samples here, and two there; each in two batches of a step.
+            counts = (3, 2)
+            for _ in range(2):
+                mine.hear(torch.tensor(losses[own], requires_grad=True), counts[own])
+            mine.before_step(trainer([2 * losses[others] * counts[others], 2 * counts[others]]))
+    assert first.state() == second.state()
+    assert first.range == pytest.approx((1.4, 3.2))
+    assert first.last == pytest.approx(1.9)
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one_does(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    done = worker("distil", str(out), processes=2)
+    assert done.returncode == 0, done.stderr
+    found, alone = load_file(out), distil()
+    assert alone.history[-1].details["training"]["student"]["best"]["step"] > 0
+    assert found.keys() == alone.parameters.keys()
+    for name, tensor in alone.parameters.items():
+        # Sums over samples are taken in another order, and Adam divides by small ones.
+        assert torch.allclose(found[name], tensor, atol=1e-4), name
 
 
 def test_it_is_resumed_with_what_hooks_know(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
 import torchlathe as tl
 from tests.passes.test_distill import Net, loss, student, task
@@ -21,6 +22,7 @@ from torchlathe.passes import Distill, PassManager
 from torchlathe.passes.tune.distilling.anchor_prefix import AnchorPrefix
 from torchlathe.passes.tune.distilling.attending import attention_sites, paired_sites
 from torchlathe.passes.tune.distilling.heads import ends_of_blocks, with_heads
+from torchlathe.passes.tune.distilling.images import StructuralSimilarity
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, JointLabels, turned
 from torchlathe.passes.tune.distilling.learning_teacher import LearningTeacher
 from torchlathe.passes.tune.distilling.logits import KnowledgeDistillation
@@ -269,6 +271,31 @@ def test_anchors_of_embeddings() -> None:
         distilled(anchors=3)
 
 
+@pytest.mark.parametrize("listed", [True, False], ids=["list", "loader"])
+def test_anchors_are_of_the_batches_to_train_on(
+    listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 6) for _ in range(8)]
+    program = tl.capture(nn.Linear(6, 5).eval(), (batches[0],), dynamic_shapes="auto")
+    seen: list[torch.Tensor] = []
+
+    def of(embeddings: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tensor:
+        seen.append(embeddings)
+        return embeddings[:count]
+
+    monkeypatch.setattr(Anchors, "of", of)
+    teacher = nn.Linear(6, 5)
+    pass_ = Distill(teacher=teacher, anchors=2, steps=2, outputs="values", held_out=0.25)
+    rows: Any = torch.cat(batches)
+    data: Any = batches if listed else DataLoader(rows, batch_size=4)
+    PassManager([pass_]).run(program, calibration=data)
+    (found,) = seen
+    # The last two are held out of a list; those of a loader cannot be.
+    want = teacher(rows[:24] if listed else rows).detach()
+    torch.testing.assert_close(found, want)
+
+
 class Prefixed(nn.Module):
     """Attention over token embeddings with anchors in front of them."""
 
@@ -402,28 +429,58 @@ def test_what_cannot_be_turned_is_refused() -> None:
 # -- images ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", ["spectrum", "ms-ssim"])
-def test_image_outputs(values: Any) -> None:
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (16, {"values": "spectrum"}),
+        (176, {"values": "ms-ssim"}),
+        (32, {"values": "ms-ssim"}),
+        (32, {"values": "ms-ssim", "scales": 1, "data_range": 2.0}),
+    ],
+    ids=["spectrum", "ms-ssim-176", "ms-ssim-32", "one-scale"],
+)
+def test_image_outputs(size: int, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    size = 176 if values == "ms-ssim" else 16
     blur = nn.Sequential(nn.Conv2d(1, 1, 5, padding=2), nn.Sigmoid()).eval()
     program = tl.capture(
         nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Sigmoid()).eval(),
         (torch.rand(1, 1, size, size),),
     )
     batches = [torch.rand(1, 1, size, size) for _ in range(3)]
-    pass_ = Distill(
-        teacher=blur, values=values, outputs="values", steps=10, lr=2e-2, evaluate_every=5
-    )
+    pass_ = Distill(teacher=blur, outputs="values", steps=10, lr=2e-2, evaluate_every=5, **options)
     found = PassManager([pass_]).run(program, calibration=batches).history[0].statistics
     assert found["loss_after"] < found["loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("size", "scales"), [(11, 1), (21, 1), (22, 2), (32, 2), (175, 4), (176, 5), (400, 5)]
+)
+def test_as_many_scales_as_images_have_room_for(size: int, scales: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1, 1, size, size + 3, generator=generator) for _ in range(2))
+    found = StructuralSimilarity().similarity(a, b)
+    assert torch.equal(found, StructuralSimilarity(scales=scales).similarity(a, b))
+    assert float(StructuralSimilarity()(a, a)) == pytest.approx(0.0, abs=1e-6)
+    if scales < 5:
+        with pytest.raises(InputError, match=f"scales={scales + 1} needs images"):
+            StructuralSimilarity(scales=scales + 1)(a, b)
+
+
+def test_scales_and_range_are_options() -> None:
+    (read,) = PassManager("distill{values=ms-ssim,data-range=255.0,scales=3}").passes
+    assert isinstance(read, Distill)
+    assert read.similarity() == StructuralSimilarity(255.0, 3)
+    assert Distill().similarity() == StructuralSimilarity()
+    with pytest.raises(InputError, match="scales=1 needs images of at least 11 x 11, got 10 x 40"):
+        StructuralSimilarity()(torch.rand(1, 1, 10, 40), torch.rand(1, 1, 10, 40))
+    for wrong, message in (({"scales": 6}, "scales is 6"), ({"data_range": 0.0}, "data_range")):
+        with pytest.raises(tl.Error, match=message):
+            Distill(**wrong)  # type: ignore[arg-type]
 
 
 def test_structural_similarity_is_that_of_torchmetrics() -> None:
     define_torchvision_ops()
     image = pytest.importorskip("torchmetrics.functional.image")
-    from torchlathe.passes.tune.distilling.images import StructuralSimilarity
-
     generator = torch.Generator().manual_seed(0)
     a = torch.rand(2, 1, 176, 176, dtype=torch.float64, generator=generator)
     b = (a + 0.1 * torch.randn(a.shape, dtype=a.dtype, generator=generator)).clamp(0, 1)

@@ -242,8 +242,8 @@ def test_structural_similarity() -> None:
     assert found[-1] <= 1
     other = loss.similarity(image, image + 0.1 * noise)
     assert torch.allclose(other, loss.similarity(image + 0.1 * noise, image), atol=EXACT)
-    with pytest.raises(InputError, match="5 scales need images of at least 176 x 176"):
-        StructuralSimilarity()(image, image)
+    with pytest.raises(InputError, match="scales=5 needs images of at least 176 x 176"):
+        StructuralSimilarity(scales=5)(image, image)
 
 
 def test_one_scale_is_the_plain_index() -> None:

@@ -30,8 +30,9 @@ from torchlathe.passes.statistics import (
     saving,
 )
 from torchlathe.passes.statistics.readers import readers_of
-from torchlathe.passes.statistics.saving import batch_digest, callable_text
+from torchlathe.passes.statistics.saving import batch_digest
 from torchlathe.passes.statistics.storage import MatrixStore
+from torchlathe.passes.statistics.telling import callable_text
 
 
 class Net(nn.Module):

@@ -115,14 +115,25 @@ def heal() -> tl.Program:
     return tl.PassManager(passes).run(program, calibration=[x for x, _ in batches])
 
 
+def distil() -> tl.Program:
+    """A pipeline that splits layers and distils by a temperature that follows the loss."""
+    torch.set_num_threads(1)
+    program, batches = make("tied")
+    passes = (
+        "low-rank-split{rank=2,method=svd},distill{steps=8,lr=0.01,dropout=false,accumulate=2,"
+        "temperature=8.0,temperature-schedule=loss,outputs=logits,held_out=0.2}"
+    )
+    return tl.PassManager(passes).run(program, calibration=[x for x, _ in batches])
+
+
 def main() -> None:
     """Train and write what came of it."""
     from safetensors.torch import save_file
 
     kind, out, *rest = sys.argv[1:]
-    if kind == "heal":
+    if kind in ("heal", "distil"):
         torch.distributed.init_process_group("gloo")
-        after = heal()
+        after = heal() if kind == "heal" else distil()
         if torch.distributed.get_rank() == 0:
             save_file({n: t.detach() for n, t in after.parameters.items()}, Path(out))
         torch.distributed.destroy_process_group()

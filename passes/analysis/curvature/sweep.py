@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -34,9 +35,9 @@ from torchlathe.passes.statistics.calibration import Calibration
 from torchlathe.passes.statistics.gradients import samples_of
 from torchlathe.passes.statistics.layers import LayerMoments
 from torchlathe.passes.statistics.readers import Reader
-from torchlathe.passes.statistics.saving import callable_text
 from torchlathe.passes.statistics.storage import DEFAULT_LIMIT, MatrixStore
 from torchlathe.passes.statistics.streaming import Stream
+from torchlathe.passes.statistics.telling import callable_text
 
 __all__ = ["Diagonal", "Findings", "Plan", "Sweep"]
 
@@ -149,10 +150,10 @@ class Sweep:
             objective.ctx,
             self.setting,
             dict(self._accumulators()),
-            [
-                *map(str, (self.plan, self.groups, self._total, objective.ctx.seed)),
-                callable_text(objective.ctx.loss),
-            ],
+            chain(
+                map(str, (self.plan, self.groups, self._total, objective.ctx.seed)),
+                map(callable_text, (objective.ctx.loss,)),
+            ),
             self.store,
             what="curvature",
             limit=objective.limit,

@@ -73,15 +73,17 @@ class StructuralSimilarity:
     of 11 x 11 with a deviation of 1.5; images are halved by averaging in between. Negative
     structure, whose power would not be real, counts as none.
 
-    Source: Wang, Simoncelli and Bovik 2003, with their weights of five scales.
+    Source: Wang, Simoncelli and Bovik 2003, with their weights of five scales; of fewer scales the
+    first weights, divided by their sum.
 
     Attributes:
         data_range: The difference of the largest and least value that images can have.
-        scales: How many; images have to be at least ``11 * 2^(scales - 1)`` high and wide.
+        scales: How many; images have to be at least ``11 * 2^(scales - 1)`` high and wide. None for
+            as many of the five as fit: all from 176 x 176 on, two of 32 x 32.
     """
 
     data_range: float = 1.0
-    scales: int = 5
+    scales: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense.
@@ -91,7 +93,7 @@ class StructuralSimilarity:
         """
         if not self.data_range > 0:
             raise OptionError(f"data_range is {self.data_range}, but must be positive")
-        if not 1 <= self.scales <= len(_SCALES):
+        if self.scales is not None and not 1 <= self.scales <= len(_SCALES):
             raise OptionError(f"scales is {self.scales}, but must be from 1 to {len(_SCALES)}")
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -111,24 +113,30 @@ class StructuralSimilarity:
 
     def similarity(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """MS-SSIM of each channel of each image, (batch, channels); at most 1."""
-        least = 11 * 2 ** (self.scales - 1)
-        if min(a.shape[-2:]) < least:
-            raise InputError(
-                f"{self.scales} scales need images of at least {least} x {least}, got "
-                f"{a.shape[-2]} x {a.shape[-1]}",
-                hint="fewer scales",
-            )
-        weights = torch.tensor(_SCALES[: self.scales], dtype=a.dtype, device=a.device)
+        scales = self._scales(a.shape[-2], a.shape[-1])
+        weights = torch.tensor(_SCALES[:scales], dtype=a.dtype, device=a.device)
         weights = weights / weights.sum()
         found = a.new_ones(a.shape[:2])
         for index, weight in enumerate(weights):
             luminance, structure = self._compare(a, b)
             found = found * structure.clamp_min(1e-6) ** weight
-            if index == self.scales - 1:
+            if index == scales - 1:
                 found = found * luminance.clamp_min(1e-6) ** weight
             else:
                 a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
         return found
+
+    def _scales(self, height: int, width: int) -> int:
+        fit = min(len(_SCALES), (min(height, width) // 11).bit_length())
+        scales = self.scales or max(1, fit)
+        if scales > fit:
+            least = 11 * 2 ** (scales - 1)
+            raise InputError(
+                f"scales={scales} needs images of at least {least} x {least}, got "
+                f"{height} x {width}",
+                hint=f"scales={fit}, or as many as fit by default" if fit else "another loss",
+            )
+        return scales
 
     def _compare(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Luminance, and contrast times structure; means over windows, (batch, channels)."""

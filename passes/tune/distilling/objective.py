@@ -11,6 +11,7 @@ import torch
 from torchlathe.ir import InputError, Program
 from torchlathe.passes.base import PassContext
 from torchlathe.passes.statistics.losses import loss_of
+from torchlathe.passes.statistics.running import first_extent
 from torchlathe.passes.tune.distilling.attending import AttentionSite
 from torchlathe.passes.tune.distilling.images import SpectrumMatching, StructuralSimilarity
 from torchlathe.passes.tune.distilling.layered import ROTATIONS, JointLabels
@@ -48,6 +49,7 @@ class DistillingObjective:
         logit_loss: Plain or balanced.
         delta: Of the balanced one.
         value_loss: For outputs that are no logits.
+        similarity: That of images, where it is the loss.
         hidden: Weight of hidden states.
         pairs: Names of nodes here and in the first teacher whose values are to agree.
         mixture: Learns whom to listen to; None for the mean of all.
@@ -73,6 +75,7 @@ class DistillingObjective:
     logit_loss: LogitLoss = "kd"
     delta: float = 2.0
     value_loss: ValueLoss = "values"
+    similarity: StructuralSimilarity = field(default_factory=StructuralSimilarity)
     hidden: float = 0.0
     pairs: Sequence[tuple[str, str]] = ()
     mixture: TeacherMixture | None = None
@@ -139,7 +142,7 @@ class DistillingObjective:
         if self.heads and forward.training:
             loss = loss + self.head_weight * self._headed(forward, degree)
         if forward.training:
-            self.temperature.tell(float(loss.detach()))
+            self.temperature.hear(loss, first_extent(own.flat))
             if self.teachers.learning is not None:
                 loss = loss + self._teacher_loss(self.teachers.learning, own, told[0], degree)
         return loss
@@ -204,7 +207,7 @@ class DistillingObjective:
     def _value_loss(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         if self.value_loss == "spectrum":
             return SpectrumMatching()
-        return StructuralSimilarity() if self.value_loss == "ms-ssim" else ValueMatching()
+        return self.similarity if self.value_loss == "ms-ssim" else ValueMatching()
 
     def _headed(self, forward: Forward, degree: float) -> torch.Tensor:
         """Each head learns labels, and from the deepest: the model's own, or of pairs the last."""

@@ -23,7 +23,9 @@ class BiasLoss(Hook):
     get no gradient. Where all variances are equal, they count as 0.
 
     Source: Abrahamyan et al., arXiv 2107.11170; the normalisation by the least variance so far and
-    the largest of the batch is that of public copies of the official code.
+    the largest of the batch is that of public copies of the official code. `Distill` divides the
+    weights by their mean over the batch (own), so that ``bias`` changes which samples count and not
+    how much distillation does; there alpha is 0.3, and the rows are of the distillation.
 
     Args:
         alpha: Weight of the sample with the least variance.

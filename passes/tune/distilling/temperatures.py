@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from torchlathe.ir import OptionError
 from torchlathe.passes.tune.training.hooks import Hook
+
+if TYPE_CHECKING:
+    from torchlathe.passes.tune.training.trainer import Trainer
 
 __all__ = ["Temperature", "TemperatureSchedule"]
 
@@ -19,10 +24,11 @@ class Temperature(Hook):
 
     ``"cosine"``: s falls along a cosine over the steps. ``"loss"``: s is where the last loss is
     between the least and the largest so far, so that the temperature is high while there is much
-    to learn. ``"constant"``: s is 1.
+    to learn; a step's is the mean over the samples of all processes. ``"constant"``: s is 1.
 
-    Source: HPM-KD's temperature schedules; its third, by the slope of the loss, contradicts its own
-    description and is left out.
+    Source: HPM-KD's temperature schedules (arXiv 2512.09886). Its third is left out: it is
+    ``s = exp(-lambda |dL/dt|)``, low where the loss is steep, and described as the opposite. The
+    paper does not multiply the divergence by T^2, as `KnowledgeDistillation` does.
 
     Args:
         most: T_max.
@@ -48,6 +54,7 @@ class Temperature(Hook):
         self.most, self.least, self.schedule, self.steps = most, least, schedule, steps
         self.range: tuple[float, float] | None = None
         self.last = 0.0
+        self._heard: list[torch.Tensor] = []
 
     def at(self, step: int) -> float:
         """The temperature of a step, counted from 0."""
@@ -59,6 +66,19 @@ class Temperature(Hook):
         if self.schedule == "loss" and self.range is not None and self.range[0] < self.range[1]:
             return (self.last - self.range[0]) / (self.range[1] - self.range[0])
         return 1.0
+
+    def hear(self, loss: torch.Tensor, samples: int) -> None:
+        """What a batch of a step came to, in this process."""
+        if self.schedule == "loss":
+            told = loss.detach().double().reshape(())
+            self._heard.append(torch.stack([told * samples, torch.full_like(told, samples)]))
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Tell the mean over the samples of the step."""
+        if self._heard:
+            total, count = trainer.processes.sum(torch.stack(self._heard).sum(0)).tolist()
+            self._heard.clear()
+            self.tell(total / count)
 
     def tell(self, loss: float) -> None:
         """What a step came to."""

@@ -9,7 +9,8 @@ from torchlathe.passes.tune.training.data import TrainingData
 from torchlathe.passes.tune.training.hooks import Hook, KeepMasks
 from torchlathe.passes.tune.training.module import TrainingModule, masks_of_zeros, store
 from torchlathe.passes.tune.training.options import TrainingOptions
-from torchlathe.passes.tune.training.trainer import Forward, Objective, Trainer, TrainingResult
+from torchlathe.passes.tune.training.progress import TrainingResult
+from torchlathe.passes.tune.training.trainer import Forward, Objective, Trainer
 from torchlathe.passes.tune.training.tune_pass import TrainerPass
 
 __all__ = [

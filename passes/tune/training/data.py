@@ -72,6 +72,7 @@ class TrainingData:
         self._train: list[int] | None = None
         if _indexable(self._data):
             self._train = list(range(len(self._data)))
+        self._given = validation
         self._validation = self._choose_validation(validation, held_out)
 
     def _choose_validation(
@@ -122,7 +123,10 @@ class TrainingData:
         return _Chosen(self._data, self._train)
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Part]:
-        """The batches of an epoch, from one on; what comes before is passed over at once."""
+        """The batches of an epoch, from one on; what comes before is passed over at once.
+
+        A training that was saved when it had taken the last one skips all of them.
+        """
         if self._train is None:
             parts = self._parts(self._data)
             for _ in range(skip):
@@ -134,6 +138,8 @@ class TrainingData:
             mixed = torch.randperm(len(order), generator=generator).tolist()
             order = [order[i] for i in mixed]
         assert _indexable(self._data)
+        if skip and skip >= len(order):
+            return iter(())
         return self._parts(_Chosen(self._data, order[skip:]))
 
     def held(self) -> Iterator[Part]:
@@ -143,13 +149,27 @@ class TrainingData:
     def digest(self, hashed: Callable[[str, Any], str]) -> str:
         """What the data is, as far as one can know it without disturbing it.
 
+        All batches that can be indexed count, read once. A loader's may be others in each pass, so
+        that of one only its class and length count.
+
         Args:
-            hashed: From the text so far and a batch to a hash.
+            hashed: From the hash of the batches before, and a batch, to a hash.
         """
-        if not _indexable(self._data):
-            return f"{type(self._data).__name__} of {self.count()}"
-        ends = [self._data[i] for i in sorted({0, len(self._data) - 1})] if len(self._data) else []
-        return f"{len(self._data)} {''.join(hashed('', batch) for batch in ends)}"
+        found = [self._digest_of(self._data, hashed)]
+        if self._given is not None:
+            found.append(self._digest_of(self._given, hashed))
+        return " ".join(found)
+
+    @staticmethod
+    def _digest_of(data: Iterable[Any] | None, hashed: Callable[[str, Any], str]) -> str:
+        count = len(data) if isinstance(data, Sized) else None
+        if not _indexable(data):
+            return f"{type(data).__name__} of {count}"
+        digest = ""
+        with torch.random.fork_rng(devices=[]):  # reading may draw, and the training is to go on
+            for index in range(len(data)):
+                digest = hashed(digest, data[index])
+        return f"{count} {digest}"
 
     def _parts(self, data: Iterable[Any] | None) -> Iterator[Part]:
         for batch, flat in flat_batches(self._program, replace(self._ctx, calibration=data)):

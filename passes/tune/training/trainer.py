@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchlathe.ir import InputError, PreconditionError, Program
 from torchlathe.passes.base import Diagnostic, PassContext
 from torchlathe.passes.statistics.running import device_of
 from torchlathe.passes.statistics.saving import batch_digest, state_key
+from torchlathe.passes.statistics.telling import callable_text
 from torchlathe.passes.tune.training.checkpoints import Checkpoint
 from torchlathe.passes.tune.training.data import Part, TrainingData
 from torchlathe.passes.tune.training.hooks import Hook
@@ -26,8 +28,9 @@ from torchlathe.passes.tune.training.module import (
 )
 from torchlathe.passes.tune.training.options import TrainingOptions
 from torchlathe.passes.tune.training.processes import Processes
+from torchlathe.passes.tune.training.progress import Progress, TrainingResult
 
-__all__ = ["Forward", "MakeOptimizer", "Objective", "Trainer", "TrainingResult"]
+__all__ = ["Forward", "MakeOptimizer", "Objective", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -58,63 +61,6 @@ Metrics = Callable[[Forward], Mapping[str, float]]
 MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter], TrainingOptions], torch.optim.Optimizer]
 
 
-@dataclass
-class TrainingResult:
-    """What a training came to.
-
-    Attributes:
-        tensors: What training changed: trained parameters and running statistics, by name. They
-            are the best of all evaluations, or the last if the options say so.
-        losses: The loss of each step.
-        evaluations: ``step``, ``loss`` and further metrics, in order; the first is at the start.
-        best: The one with the least loss; None without evaluations.
-        steps: How many were done.
-        stopped: Why before the end: ``"early"``, ``"diverged"``, or "" for neither.
-        seconds: That this took, in this process, without what an interrupted run had done.
-        resumed_at: The step that it went on from; 0 for a run from the start.
-        records: What hooks had to say, per step.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    losses: list[float]
-    evaluations: list[dict[str, float]]
-    best: dict[str, float] | None
-    steps: int
-    stopped: str
-    seconds: float
-    resumed_at: int
-    records: list[dict[str, float]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it, for the report; curves of many steps are thinned out."""
-        stride = max(1, len(self.losses) // 500)
-        return {
-            "losses": [[i + 1, self.losses[i]] for i in range(0, len(self.losses), stride)],
-            "evaluations": self.evaluations,
-            "best": self.best,
-            "steps": self.steps,
-            "stopped": self.stopped,
-            "seconds": self.seconds,
-            "records": self.records[::stride],
-        }
-
-
-@dataclass
-class _Progress:
-    """Everything that a checkpoint holds, but parameters and optimizer."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    records: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, float] | None = None
-    stale: int = 0
-    stopped: str = ""
-    done: bool = False
-
-
 class Trainer:
     """Trains the parameters of a program by an objective on batches.
 
@@ -138,7 +84,7 @@ class Trainer:
         expand: From flat inputs to those that the program is given instead in training, perhaps
             of more samples; `Forward.flat` is without it.
         written: Names of tensors that hooks or the optimizer write to, besides those trained.
-        key: What the objective is, for the name of the checkpoint.
+        key: What the objective is, for the name of the checkpoint; its code unless given.
 
     Attributes:
         module: The program as a module; see `TrainingModule`.
@@ -183,7 +129,7 @@ class Trainer:
         self.parameters = self.module.trainable()
         self._make = optimizer
         self._best: dict[str, torch.Tensor] = {}
-        self._now = _Progress()
+        self._now = Progress()
         self._epoch_random = torch.get_rng_state()
         self._resumed_random: Mapping[str, torch.Tensor] | None = None
 
@@ -405,7 +351,7 @@ class Trainer:
         now = self._now
         found = {"step": now.step, **self.evaluate()}
         now.evaluations.append(found)
-        if now.best is None or found["loss"] < now.best["loss"]:
+        if self._is_best(found["loss"]):
             now.best, now.stale = found, 0
             if self.options.keep_best:
                 self._best = self._current()
@@ -414,11 +360,20 @@ class Trainer:
             if self.options.patience and now.stale >= self.options.patience:
                 now.stopped = "early"
 
+    def _is_best(self, loss: float) -> bool:
+        """Whether an evaluation is the best so far; what was given is, whatever its loss."""
+        best = self._now.best
+        if best is None:
+            return math.isfinite(loss) or not self._now.step
+        return loss < best["loss"] or (math.isfinite(loss) and math.isnan(best["loss"]))
+
     def _diverged(self, loss: float) -> None:
         now = self._now
         message = f"the loss became {loss} at step {now.step + 1}, where training stopped"
         if not self.options.keep_best:
             raise InputError(message, hint="a smaller lr, or a warm-up")
+        if now.best is None:
+            raise _nothing_kept(message)
         now.stopped = "diverged"
         self.ctx.tell(Diagnostic("warning", f"{message}; try a smaller lr, or a warm-up"))
 
@@ -426,6 +381,8 @@ class Trainer:
         return {name: self.module.tensor(name).detach().clone() for name in self.module.changing()}
 
     def _final(self) -> dict[str, torch.Tensor]:
+        if self.options.keep_best and self._now.best is None:
+            raise _nothing_kept("no loss on the batches held out was finite")
         return self._best if self.options.keep_best else self._current()
 
     def _report(self, loss: float) -> None:
@@ -446,12 +403,17 @@ class Trainer:
             self._save()
 
     def _checkpoint(self) -> Checkpoint:
-        options = replace(self.options, checkpoint=None, save_every=1)
-        about = [state_key(self.program, [repr(options), self._key, str(self.ctx.seed)])]
-        about.append(self.batches.digest(batch_digest))
         folder = self.options.checkpoint
         assert folder is not None
-        return Checkpoint(folder, about)
+        return Checkpoint(folder, self._about)
+
+    @cached_property
+    def _about(self) -> list[str]:
+        """What the run is: program, options, objective, loss, seed, batches."""
+        options = replace(self.options, checkpoint=None, save_every=1)
+        objective = self._key or callable_text(self.objective)
+        told = [repr(options), objective, callable_text(self.ctx.loss), str(self.ctx.seed)]
+        return [state_key(self.program, told), self.batches.digest(batch_digest)]
 
     def _save(self) -> None:
         state = {
@@ -476,7 +438,7 @@ class Trainer:
         state = self._checkpoint().load() if self.options.checkpoint else None
         if state is None:
             return 0
-        self._now = _Progress(**state["progress"])
+        self._now = Progress(**state["progress"])
         self.module.load_state(state["module"])
         self._best = {n: like(v, self.module.tensor(n)) for n, v in state["best"].items()}
         self.processes.load_optimizer(self.optimizer, state["optimizer"])
@@ -492,6 +454,13 @@ class Trainer:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _nothing_kept(message: str) -> InputError:
+    return InputError(
+        f"{message}, and no state before it counts as the best",
+        hint="a smaller lr, a warm-up, or evaluations more often (evaluate_every)",
+    )
 
 
 def _name(hook: Hook) -> str:
