@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from torchlathe.ir import Program
 from torchlathe.ir.interpreting import run_flat
+from torchlathe.ir.provenance import info
 from torchlathe.passes.statistics.arriving import Arrival, MomentSum
 from torchlathe.passes.statistics.readers import Reader
 from torchlathe.passes.statistics.routed import Routed, RoutedMoments
@@ -69,7 +70,8 @@ class LaterCalls:
         counts = tuple(count + total.count for count in arrival.counts)
         moments = tuple(total.mean())
         for moment, own, count in zip(moments, arrival.moments, counts, strict=True):
-            moment.mul_(total.count / count).add_(own, alpha=1 - total.count / count)
+            share = total.count / max(count, 1)
+            moment.mul_(share).add_(own, alpha=1 - share)
         return Arrival(arrival.reader, moments, counts)
 
     def _run(self, readers: Sequence[Reader | Routed], batch: Sequence[Any]) -> dict[fx.Node, Any]:
@@ -79,6 +81,9 @@ class LaterCalls:
         wanted |= {reader.ends for reader in readers if isinstance(reader, Routed)}
         inputs = zip(self.program.input_nodes, batch, strict=True)
         seen = {node: value for node, value in inputs if node in wanted}
+        for node in wanted:
+            if (name := info(node).tensor) is not None:
+                seen[node] = self.program.tensor(name).detach()
 
         def observe(node: fx.Node, value: Any) -> None:
             if node in wanted:
