@@ -1,8 +1,8 @@
 """W4A16 by torch's own CPU kernel, with its own packing.
 
 `torch.ops.torchlathe.w4a16_linear` runs on a CPU too, but unpacks the weights at each call. What is
-lowered for a CPU should be packed for it: up to 8 tokens in eager, and at all sizes under Inductor,
-whose micro-kernels take this op.
+lowered for a CPU should be packed for it. It is faster than a dense layer up to some 8 tokens, and
+than unpacking at each call up to some hundreds.
 """
 
 from __future__ import annotations

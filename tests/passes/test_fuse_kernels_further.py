@@ -31,6 +31,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHLATHE_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def _few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of few channels become ops, too: tests of what these compute are quicker so."""
+    monkeypatch.setattr("torchlathe.passes.rewrite.lowering.fuse_kernels._LEAST_CHANNELS", 1)
+
+
 def ops_of(program: Program) -> list[str]:
     names = [str(node.target) for node in program.nodes if node.op == "call_function"]
     return [n.split(".")[1] for n in names if n.startswith("torchlathe.")]
@@ -133,6 +139,7 @@ def test_experts_on_a_cpu_stay_and_say_so() -> None:
     assert "slower than dense" in str(told[0]["message"])
 
 
+@pytest.mark.usefixtures("_few_channels")
 @pytest.mark.parametrize("kind", ["Bert", "ViT"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_encoders(kind: str, device: str) -> None:
@@ -307,6 +314,7 @@ def test_dense_weights_are_left_alone() -> None:
     assert after.history[-1].statistics["layers"] == 0
 
 
+@pytest.mark.usefixtures("_few_channels")
 @pytest.mark.parametrize(
     "conv",
     [
@@ -394,6 +402,7 @@ def test_seeing_through_what_changes_nothing() -> None:
     assert source(found[0]) is relu
 
 
+@pytest.mark.usefixtures("_few_channels")
 def test_a_bias_that_is_computed_stays_with_its_convolution() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -224,6 +224,34 @@ def test_fused_weights_are_not_rewritten_any_more() -> None:
         run("quantize,fuse-kernels,structured-erase{sparsity=0.5}", program, data)
 
 
+# -- stored numbers are no layers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["w4a16,group=32", "w4a16,group=32,symmetric=false"])
+@pytest.mark.parametrize(
+    "second",
+    [
+        "sparsify-nm{method=magnitude,embeddings=true}",
+        "low-rank-split{embeddings=true,share=0.3}",
+        "quantize{scheme=w8a16,embeddings=true}",
+    ],
+)
+def test_scales_that_are_looked_up_are_no_embedding(scheme: str, second: str) -> None:
+    torch.manual_seed(0)
+    model, ids = nn.Embedding(64, 64).eval(), torch.tensor([[1, 2, 63]])
+    first = f"quantize{{scheme={scheme},embeddings=true}}"
+    once = run(first, capture(model, (ids,)))
+    sites, reasons = find_sites(once)
+    assert sites == []
+    told = "it belongs to stored numbers, whose rows are looked up with it"
+    assert reasons["weight_scale"] == told
+    twice = run(second, once)
+    assert sorted(twice.entries) == sorted(once.entries)
+    assert torch.equal(twice.run(ids), once.run(ids))
+    messages = [d["message"] for d in twice.history[-1].diagnostics]
+    assert f"left alone, since {told}: weight_scale" in messages
+
+
 # -- moving scales -------------------------------------------------------------------------------
 
 

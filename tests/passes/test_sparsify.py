@@ -300,6 +300,26 @@ def test_a_pattern_that_fits_nothing_changes_nothing(net):
     assert record.diagnostics[0]["message"] == "there is no layer that the pattern fits"
 
 
+@pytest.mark.parametrize(
+    ("text", "block", "told"),
+    [
+        ("block", 64, "unless fuse-kernels after this puts block_sparse_linear where it is faster"),
+        ("block", 32, "run as dense ones: no op takes this pattern"),
+        ("2:4", 32, "on a GPU fuse-kernels takes semi_structured_linear where a table"),
+        ("4:8", 32, "run as dense ones: no op takes this pattern"),
+        ("unstructured", 32, "run as dense ones: no op takes this pattern"),
+    ],
+)
+def test_what_zeros_run_as(text, block, told):
+    program = tl.capture(torch.nn.Linear(512, 512).eval(), (torch.randn(4, 512),))
+    spec = f"sparsify-nm{{pattern={text},block={block},sparsity=0.8,method=magnitude}}"
+    found = tl.PassManager(f"{spec},fuse-kernels{{choose=rule,device=cpu}}").run(program)
+    assert told in found.history[0].diagnostics[-1]["message"]
+    # The one pattern for which another op is promised gets it.
+    fused = "block_sparse_linear" in found.to_text()
+    assert fused == ("block_sparse_linear" in told)
+
+
 def test_a_transformer_with_transposed_layers():
     from transformers import GPT2Config, GPT2LMHeadModel
 

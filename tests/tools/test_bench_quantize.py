@@ -9,6 +9,7 @@ import torch
 
 from torchlathe.tools.bench import bench_cache, bench_quantize, quantize_page
 from torchlathe.tools.bench.minilm import without_padding
+from torchlathe.tools.bench.quantize_peers import bits_with_scales
 
 
 def _row(name: str, divergence: float, **more: Any) -> dict[str, Any]:
@@ -33,6 +34,23 @@ def test_the_page_says_where_a_peer_is_ahead() -> None:
     assert "| w4a16, gptq | llm-compressor w4a16, gptq | 2.00 | 4.00 | 0.50 |" in text
     assert "loses more (a ratio above 1.02) at: w8a8." in text
     assert "| w4a16, gptq | 4.50 | 3.900 | 2.00 | 29 of 29 |" in text
+
+
+def test_what_is_said_of_peers_besides_numbers() -> None:
+    plain = [_row("w8a8", 0.004), _row("llm-compressor w8a8", 0.002, version="1")]
+    awq = [*plain, _row("llm-compressor w4a16, awq", 0.002, version="1")]
+    for rows, missing in ((plain, True), (awq, False)):
+        result = {"characters": rows, "cpu": "C", "instructions": "I", "torch": "2"}
+        text = quantize_page.measured(result)
+        assert ("There is no row of its AWQ and SmoothQuant" in text) == missing
+        assert "Zero points are stored in 8 bits here and in 4 there" in text
+        assert "Ratios up to 1.02 are within 2 %, which is not told apart." in text
+
+
+def test_scales_count_for_peers_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(40, 8))
+    assert bits_with_scales(model, 8, 0) == 8 + 32 * 16 / (64 * 8 + 40 * 8)
+    assert bits_with_scales(model, 4, 32) == 4 + 16 * (2 * 8 + 2 * 8) / (64 * 8 + 40 * 8)
 
 
 def test_rows_are_replaced_and_those_of_absent_peers_kept() -> None:

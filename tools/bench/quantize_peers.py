@@ -17,7 +17,7 @@ from torch import nn
 from torchlathe.backends.checkpoints import StoredLinear
 from torchlathe.tools.checkpoints import load_checkpoint
 
-__all__ = ["LlmCompressor", "torchao_rows"]
+__all__ = ["LlmCompressor", "bits_with_scales", "torchao_rows"]
 
 SCRIPT: Final = Path(__file__).resolve().parent / "quantize_peer.py"
 
@@ -42,11 +42,11 @@ def torchao_rows(
         return
     four = getattr(torch, "int4")  # noqa: B009  # torch has it, and its types do not
     configurations = {
-        "torchao w8a8": (Int8DynamicActivationInt8WeightConfig(), 8.0),
-        "torchao w8a16": (Int8WeightOnlyConfig(), 8.0),
-        "torchao w4a16": (IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(32)), 4.0),
+        "torchao w8a8": (Int8DynamicActivationInt8WeightConfig(), 8, 0),
+        "torchao w8a16": (Int8WeightOnlyConfig(), 8, 0),
+        "torchao w4a16": (IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(32)), 4, 32),
     }
-    for name, (configuration, bits) in configurations.items():
+    for name, (configuration, bits, group) in configurations.items():
         if name in done:
             continue
         copied = copy.deepcopy(model)
@@ -54,12 +54,29 @@ def torchao_rows(
         row = {
             "contestant": name,
             "spec": type(configuration).__name__,
-            "bits": bits,
+            "bits": bits_with_scales(model, bits, group),
             "version": torchao.__version__,
             **score(copied),
         }
         console.print(f"{name}: {row}")
         yield row
+
+
+def bits_with_scales(model: nn.Module, bits: int, group: int) -> float:
+    """Bits a weight of all linear layers, without zero points, as torchao's defaults are.
+
+    Args:
+        model: As it is before it is quantised.
+        bits: Of a number.
+        group: Columns that share a scale of 16 bits; 0 for a row with one of 32.
+    """
+    total = weights = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            rows, columns = module.weight.shape
+            weights += rows * columns
+            total += rows * (bits * columns + (16 * -(-columns // group) if group else 32))
+    return total / weights
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ CONVOLUTIONS = (
 )
 # Products of segments of rows with one matrix of many each; the name that export gives them.
 _GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_DEQUANTISES = "torchlathe::dequantize"
 _TRANSPOSED = (aten.mm.default, aten.matmul.default, aten.addmm.default)
 
 
@@ -157,6 +158,8 @@ def _site(program: Program, name: str, users: Sequence[fx.Node], node: fx.Node) 
         return f"it is {str(tensor.dtype).removeprefix('torch.')}"
     if name in program.frozen:
         return "a constant was computed from it before"
+    if any(_gives_stored(call) for call in users):
+        return "it belongs to stored numbers, whose rows are looked up with it"
     calls = tuple(users)
     shape = tuple(int(extent) for extent in tensor.shape)
     if len(shape) == 3 and (experts := _expert_calls(node)) is not None:
@@ -178,6 +181,14 @@ def _site(program: Program, name: str, users: Sequence[fx.Node], node: fx.Node) 
     if "embedding" in kinds:
         return Site(name, "embedding", calls, shape)
     return Site(name, "linear", calls, shape, transposed="transposed" in kinds)
+
+
+def _gives_stored(call: fx.Node) -> bool:
+    """Whether a look-up gives scales or zero points of numbers to the op that reads them."""
+    if call.target is not aten.embedding.default:
+        return False
+    schemas = (getattr(user.target, "_schema", None) for user in call.users)
+    return any(getattr(schema, "name", "") == _DEQUANTISES for schema in schemas)
 
 
 def _expert_calls(weight: fx.Node) -> tuple[tuple[fx.Node, ...], bool] | None:

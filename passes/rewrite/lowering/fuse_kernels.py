@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,21 @@ __all__ = ["FuseKernels"]
 # Ops that pass gradients to what lies around the weights.
 _TRAINED = ("w4a16_linear", "w8a16_linear")
 
+# On a CPU, compiled as one by one, for more rows than these unpacking comes cheaper than the op.
+_MOST_ROWS = {"w4a16_cpu_linear": 256, "w8a16_cpu_linear": 64}
+# Up to so many rows the ops on 16-bit activations were measured to be faster than dense layers; in
+# between nothing is. The op on 4 bits and int8 unpacks, which so many rows make up for.
+_SURE_ROWS = {
+    "w4a16_cpu_linear": range(9),
+    "w8a16_cpu_linear": range(9),
+    "w4a8_linear": range(128, sys.maxsize),
+    "w8a8_linear": range(sys.maxsize),
+}
+_SURE_FEATURES = 128  # smaller layers were not measured
+# Of 8-bit convolutions on a CPU, of what is read and of what is given: fewer are no faster.
+_LEAST_CHANNELS = 128
+_DOUBT = "may be slower than dense: not measured"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -41,6 +57,7 @@ class Choice:
         name: The op, as the report counts it; ``stored`` or ``dense`` without one.
         write: Puts the op in place; None to go on as it is.
         ratio: Seconds of the dense layer over those of what was chosen; None if not measured.
+        doubt: Whether it may be slower than the dense layer, and nobody knows.
         epilogue: Whether the op does what follows the layer, too.
         trains: Whether gradients go through it.
     """
@@ -50,6 +67,7 @@ class Choice:
     name: str = "stored"
     write: Callable[[Maker], None] | None = None
     ratio: float | None = None
+    doubt: bool = False
     epilogue: bool = False
     trains: bool = True
 
@@ -81,7 +99,8 @@ class FuseKernels(RewritePass):
     choose: Literal["measured", "rule"] = field(
         default="measured",
         metadata={
-            "help": "for eager on a CPU: time the ops on layers of the same size, or go by rule"
+            "help": "on a CPU: time the ops on layers of the same size (for the inductor those of "
+            "convolutions), or go by rule"
         },
     )
     fallback: Literal["stored", "dense"] = field(
@@ -95,9 +114,9 @@ class FuseKernels(RewritePass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         """Choose for every layer, then write."""
         device = self._device(program)
-        timed = self.runtime == "eager" and self.choose == "measured" and device == "cpu"
+        timed = self.choose == "measured" and device == "cpu"
         speeds = Speeds() if timed and cannot_run(program) is None else None
-        chooser = Chooser(program, device, speeds, self.fallback)
+        chooser = Chooser(program, device, self.runtime, speeds, self.fallback)
         chosen = list(chooser.choices(ctx.report))
         if speeds is not None:
             speeds.save()
@@ -135,14 +154,24 @@ class Chooser:
     Attributes:
         program: The program.
         device: Type of device that ops are for.
+        runtime: As the pass has it.
         speeds: Measures them; None to go by rule.
         fallback: As the pass has it.
     """
 
     program: Program
     device: str
+    runtime: str
     speeds: Speeds | None
     fallback: str
+
+    @property
+    def _linear_speeds(self) -> Speeds | None:
+        """What times linear layers: one by one they cost what a compiler does not make them cost.
+
+        It puts the rounding of inputs in one loop with what is around; in eager these are many ops.
+        """
+        return self.speeds if self.runtime == "eager" else None
 
     def choices(self, report: Callable[[str], None]) -> Iterator[Choice]:
         """One choice for each layer and each look-up."""
@@ -171,21 +200,30 @@ class Chooser:
 
     def _linear(self, layer: Layer) -> Choice:
         forms, reasons = forms_for(layer, self.device)
-        if self.speeds is not None and layer.rows:
+        if (speeds := self._linear_speeds) is not None and layer.rows:
             names = [form.name for form in forms]
             size = f"{layer.rows} x {layer.shape[1]} x {layer.shape[0]}"
-            best, text, ratio = _fastest(self.speeds, layer, ["stored", *names], size)
+            best, text, ratio = _fastest(speeds, layer, ["stored", *names], size)
             if best == "stored" and reasons and not names:
                 text += f"; no op takes it: {reasons[0]}"
             if ratio < 1 and self.fallback == "dense":
                 return self._dense(layer, text)
             form = next((form for form in forms if form.name == best), None)
             return _chosen(layer, form, text, ratio)
+        slow = []
         for form in forms:
-            if not _slow(form, layer):
-                return _chosen(layer, form, f"{form.name}{_also(layer)}, by rule")
-        why = reasons[0] if reasons else "its ops are slow for these activations"
-        return self._as_it_is(layer, why)
+            if (reason := _slow(form, layer)) is not None:
+                slow.append(reason)
+                continue
+            text = f"{form.name}{_also(layer)}, by rule"
+            if _sure(form, layer):
+                return _chosen(layer, form, text)
+            outs, ins = layer.shape
+            text += f"; {_DOUBT} for {layer.rows} rows, {ins} to {outs} features"
+            if self.fallback == "dense":
+                return self._dense(layer, text)
+            return _chosen(layer, form, text, doubt=True)
+        return self._as_it_is(layer, (*slow, *reasons)[0])
 
     def _as_it_is(self, layer: Layer, why: str) -> Choice:
         """Unpack the weight at each call, or once and for all."""
@@ -211,31 +249,41 @@ class Chooser:
     def _convolution(self, convolution: Convolution) -> Choice:
         layer, reason = convolution.layer, convolution.refuses()
         names = ["stored"] if reason else ["stored", convolution.op]
+        ratio = None
         if self.speeds is not None:
             size = " x ".join(map(str, convolution.shape))
             best, text, ratio = _fastest(self.speeds, convolution, names, size)
+            text += "" if self.runtime == "eager" else "; timed as they are, not compiled"
             text += f"; no op takes it: {reason}" if reason else ""
             if ratio < 1 and self.fallback == "dense":
                 return self._dense(layer, text)
-        elif reason:
+        elif reason is not None or (reason := self._narrow(convolution)) is not None:
             return self._as_it_is(layer, reason)
         else:
-            best, text, ratio = convolution.op, f"{convolution.op}, by rule", None
+            best, text = convolution.op, f"{convolution.op}, by rule"
         if best == "stored":
             return Choice(_name(layer), text, ratio=ratio)
         epilogue = layer.last is not layer.call
         write = convolution.write
-        return Choice(_name(layer), text, best, write, ratio, epilogue, trains=False)
+        return Choice(_name(layer), text, best, write, ratio, epilogue=epilogue, trains=False)
+
+    def _narrow(self, convolution: Convolution) -> str | None:
+        """Why a convolution of few channels is no faster in 8 bits, or None."""
+        outs, ins = convolution.weights[:2]
+        if self.device != "cpu" or min(outs, ins) >= _LEAST_CHANNELS:
+            return None
+        return f"{convolution.op} takes {_LEAST_CHANNELS} channels to gain, and {ins} become {outs}"
 
     def _floating(self, found: Blocks | Fours | Thin) -> Choice:
         """Sparse and thin layers: the dense ones are there already, and stay where they win."""
         dense = partial(Choice, found.name, name="dense")
         if reason := found.refuses():
             return dense(f"dense: {reason}")
-        if isinstance(found, Blocks) and self.speeds is not None and found.layer.rows:
+        speeds = self._linear_speeds
+        if isinstance(found, Blocks) and speeds is not None and found.layer.rows:
             outs, ins = found.layer.shape
             size = f"{found.layer.rows} x {ins} x {outs}, {found.stored:.0%} of blocks"
-            best, text, ratio = _fastest(self.speeds, found, [found.op], size)
+            best, text, ratio = _fastest(speeds, found, [found.op], size)
             if ratio < 1:
                 return dense(f"dense: {text}")
         elif reason := found.by_rule():
@@ -243,7 +291,7 @@ class Chooser:
         else:
             best, text, ratio = found.op, f"{found.op}, by rule", None
         epilogue = found.layer.last is not found.layer.call
-        return Choice(found.name, text, best, found.write, ratio, epilogue)
+        return Choice(found.name, text, best, found.write, ratio, epilogue=epilogue)
 
 
 def _fastest(
@@ -260,13 +308,15 @@ def _fastest(
     return best, text + (f"; {others})" if others else ")"), ratio
 
 
-def _chosen(layer: Layer, form: Form | None, why: str, ratio: float | None = None) -> Choice:
+def _chosen(
+    layer: Layer, form: Form | None, why: str, ratio: float | None = None, *, doubt: bool = False
+) -> Choice:
     if form is None:
         return Choice(_name(layer), why, ratio=ratio)
     epilogue = layer.last is not layer.call
     trains = form.name in _TRAINED
     write = partial(Maker.fuse, layer=layer, form=form)
-    return Choice(_name(layer), why, _op_of(form, layer), write, ratio, epilogue, trains)
+    return Choice(_name(layer), why, _op_of(form, layer), write, ratio, doubt, epilogue, trains)
 
 
 def _op_of(form: Form, layer: Layer) -> str:
@@ -285,11 +335,25 @@ def _also(layer: Layer) -> str:
     return "".join(f" with {part}" for part in parts)
 
 
-def _slow(form: Form, layer: Layer) -> bool:
-    """What measurements of others say: see the page on quantisation."""
-    # Torch's packed 4-bit product is fast for 16-bit activations alone.
-    packed = form.name == "w4a16_cpu_linear" and layer.dtype == torch.float32
-    return packed or (form.name == "w4a8_linear" and form.device == "cpu" and layer.group != 0)
+def _slow(form: Form, layer: Layer) -> str | None:
+    """Why unpacking the weight is faster than the op, as measurements say, or None."""
+    if form.device != "cpu":
+        return None
+    if form.name == "w4a16_cpu_linear" and layer.dtype == torch.float32:
+        return f"{form.name} is fast for 16-bit activations alone"
+    if form.name == "w4a8_linear" and layer.group != 0:
+        return f"{form.name} is slow for groups on a CPU"
+    most = _MOST_ROWS.get(form.name)
+    if most is None or layer.rows <= most:
+        return None
+    return f"{form.name} is slow for {layer.rows} rows, and unpacking fast from {most} on"
+
+
+def _sure(form: Form, layer: Layer) -> bool:
+    """Whether an op is known to be no slower than the dense layer."""
+    if form.device != "cpu":
+        return True
+    return layer.rows in _SURE_ROWS[form.name] and min(layer.shape) >= _SURE_FEATURES
 
 
 def _stop_training(program: Program) -> None:
@@ -321,5 +385,5 @@ def _name(layer: Layer) -> str:
 def _told(chosen: Sequence[Choice]) -> Iterator[Diagnostic]:
     """A line for each layer; a warning for those that are slower than dense ones."""
     for choice in chosen:
-        slower = choice.ratio is not None and choice.ratio < 1
+        slower = choice.doubt or (choice.ratio is not None and choice.ratio < 1)
         yield Diagnostic("warning" if slower else "note", choice.why, name=choice.of)

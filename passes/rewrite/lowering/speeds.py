@@ -21,12 +21,14 @@ from torch.nn import functional as F
 
 from torchlathe.ir.cost.latency import cache_directory
 from torchlathe.ir.files import write_text
+from torchlathe.kernels import operators
 from torchlathe.kernels.dequantize.formats import pack
 from torchlathe.kernels.w4a16 import cpu as w4_cpu
 from torchlathe.passes.rewrite.lowering.layers import Layer
 
 __all__ = ["Site", "Speeds", "about"]
 
+assert operators is not None  # registers what is timed
 log = logging.getLogger("torchlathe")
 
 _ROUNDS = 5

@@ -103,24 +103,25 @@ class _Walk:
     def __init__(self, program: Program, axis_map: AxisMap, value: fx.Node) -> None:
         self.program, self.axis_map = program, axis_map
         self.extent = value.meta["val"].shape[-1]
-        (row,) = axis_map.results(value)[:1]
-        self.atoms = [] if row is None else [a.number for a in axis_map.atoms_of(row[-1])]
+        self.channels = self._channels(value)
 
     def writers(self, node: fx.Node) -> list[tuple[str, int]] | None:
         """Tensors to divide so that a node is divided, or None."""
         target: Any = node.target
-        if node.op != "call_function":
+        if node.op != "call_function" or self.channels is None:
             return None
         if target in (aten.layer_norm.default, aten.rms_norm.default):
             shape: Any = argument(node, "normalized_shape")
             names = ("weight", "bias") if target is aten.layer_norm.default else ("weight",)
-            if len(shape) != 1 or argument(node, "weight") is None:
+            if len(shape) != 1 or argument(node, "weight") is None or not self._same(node):
                 return None
             return self._own(node, {name: 0 for name in names})
         if target is aten.linear.default:
             return self._own(node, {"weight": 0, "bias": 0}) if self._same(node) else None
         if target is aten.addmm.default:
             plain = not node.kwargs and self._same(node)
+            bias: Any = node.args[0]
+            plain = plain and bias.meta["val"].dim() == 1
             return self._own(node, {"self": 0, "mat2": 1}) if plain else None
         if target is aten.mul.Tensor:
             return self._product(node)
@@ -130,22 +131,29 @@ class _Walk:
             return self._through(node, node.args[2])
         return None
 
+    def _channels(self, node: fx.Node) -> list[int] | None:
+        """The atoms of the last axis in their order; None if another axis has one of them, too."""
+        (row,) = self.axis_map.results(node)[:1]
+        if not row:
+            return None
+        *others, last = ([a.number for a in self.axis_map.atoms_of(term)] for term in row)
+        return None if any(set(last) & set(other) for other in others) else last
+
     def _same(self, node: fx.Node) -> bool:
-        """Whether the channels of a linear layer are those of the value, in their order."""
-        rows = self.axis_map.results(node)
-        if not rows or rows[0] is None or node.meta["val"].shape[-1] != self.extent:
-            return False
-        return [a.number for a in self.axis_map.atoms_of(rows[0][-1])] == self.atoms
+        """Whether the last axis of a node has the channels of the value, in their order."""
+        value: Any = node.meta["val"]
+        return bool(value.shape[-1] == self.extent) and self._channels(node) == self.channels
 
     def _through(self, node: fx.Node, source: Any) -> list[tuple[str, int]] | None:
-        if not isinstance(source, fx.Node) or set(source.users) != {node}:
+        if not isinstance(source, fx.Node) or not _only_once(source, node):
             return None
         return self.writers(source)
 
     def _product(self, node: fx.Node) -> list[tuple[str, int]] | None:
         """A vector of the model that is multiplied, else one of the two factors."""
+        same = self._same(node)
         for factor in node.args:
-            if isinstance(factor, fx.Node) and self._vector(factor, node):
+            if same and isinstance(factor, fx.Node) and self._vector(factor, node):
                 name = info(factor).tensor
                 assert name is not None
                 return [(name, 0)]
@@ -170,7 +178,7 @@ class _Walk:
         if name is None or self.program.entries[name].kind is not TensorKind.PARAMETER:
             return None
         floating = self.program.tensor(name).is_floating_point()
-        return name if floating and set(node.users) == {user} else None
+        return name if floating and _only_once(node, user) else None
 
     def _own(self, node: fx.Node, axes: Mapping[str, int]) -> list[tuple[str, int]] | None:
         found = []
@@ -183,6 +191,12 @@ class _Walk:
                 return None
             found.append((name, axis))
         return found
+
+
+def _only_once(node: fx.Node, user: fx.Node) -> bool:
+    """Whether one op alone reads a node, and does so in one place."""
+    places = [*user.args, *user.kwargs.values()]
+    return set(node.users) == {user} and sum(used is node for used in places) == 1
 
 
 def apply(
