@@ -22,7 +22,7 @@ from torchlathe.passes.base import Diagnostic, PassContext, PassResult
 from torchlathe.passes.rewrite.factorising.metrics import Metrics
 from torchlathe.passes.rewrite.factorising.products import Moment
 from torchlathe.passes.rewrite.factorising.sites import Site, bias_of
-from torchlathe.passes.rewrite.factorising.splits import Split, damped, output_error, split
+from torchlathe.passes.rewrite.factorising.splits import Split, output_error, split
 from torchlathe.passes.rewrite.factorising.telling import left_alone
 from torchlathe.passes.rewrite.factorising.writing import add_factor, shifted_bias, stem_of
 from torchlathe.passes.rewrite.quantising.grids import Quantised, quantised
@@ -99,8 +99,7 @@ def residual_split(
     if moment is not None:
         swept_by = _LEAST if count is None else damping_of(moment, int(count), _LEAST)
         damping = max(damping, swept_by)
-    norm = damped(inputs, damping, wide)
-    best: tuple[float, Quantised, Split] | None = None
+    best: tuple[Quantised, Split] | None = None
     alone, rest = 0.0, wide
     for number in range(_ROUNDS):
         if number and moment is not None:
@@ -118,13 +117,12 @@ def residual_split(
         if not number:
             alone = output_error(gap, torch.zeros_like(gap), inputs)
         low = split(gap, rank, inputs=inputs, damping=damping, seed=seed)
-        lost = output_error(gap, low.product, norm)
-        if best is not None and lost >= best[0]:
+        if best is not None and low.error >= best[1].error:
             break
-        best = lost, stored, low
+        best = stored, low
         rest = wide - low.product
     assert best is not None
-    _, stored, low = best
+    stored, low = best
     up, down = low.up.to(weight.dtype), low.down.to(weight.dtype)
     found = Split(up, down, low.error, low.energy)
     left = output_error(wide, stored.dequantised() + found.product, inputs)
