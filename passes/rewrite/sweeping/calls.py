@@ -21,10 +21,13 @@ def readers_of_sites(program: Program, sites: Iterable[Site]) -> dict[Site, list
     Left out are sites whose first call reads columns that cannot be told apart, and later calls
     that do.
     """
+    chosen = list(sites)
+    if not chosen:
+        return {}
     readers = readers_of(program)
     place = {node: i for i, node in enumerate(program.graph.nodes)}
     found: dict[Site, list[Reader | Routed]] = {}
-    for site in sites:
+    for site in chosen:
         calls = sorted(site.calls, key=place.__getitem__)
         own = [_reader(site, call, readers) for call in calls]
         if own and own[0] is not None:
