@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -301,11 +302,10 @@ class _Training:
             PreconditionError: All of them are.
         """
         options = self.options
-        whole = self._prunable()
-        trained = set(choose_trainable(self.program, options.trainable, options.frozen))
+        whole = self._prunable
         left = []
         for owner, names in whole.items():
-            still = [name for name in names if name not in trained]
+            still = [name for name in names if name not in self._trained]
             if all(map(is_rank, names)):
                 left.append(owner)
                 continue
@@ -318,6 +318,11 @@ class _Training:
             raise PreconditionError(f"no {what} is left that could become zero, as all are frozen")
         return tuple(left)
 
+    @cached_property
+    def _trained(self) -> set[str]:
+        return set(choose_trainable(self.program, self.options.trainable, self.options.frozen))
+
+    @cached_property
     def _prunable(self) -> dict[str, list[str]]:
         """Families with groups, or branches that may go, and the tensors that they take to zero."""
         options = self.options
@@ -339,14 +344,13 @@ class _Training:
         options = self.options
         if not options.decay_frozen:
             return []
-        trained = set(choose_trainable(self.program, options.trainable, options.frozen))
-        whole = self._prunable()
+        whole = self._prunable
         if options.method != "h2spg":
             choice = Choice(options.include, (*options.exclude, *left))
             chosen, _ = choice.of(self.ctx.analysis(ZeroInvariantGroups))
             whole = {family.name: whole[family.name] for family in chosen}
         taken = (name for owner, names in whole.items() if owner not in left for name in names)
-        return [name for name in dict.fromkeys(taken) if name not in trained]
+        return [name for name in dict.fromkeys(taken) if name not in self._trained]
 
     def _statistics(
         self, result: TrainingResult, optimizer: torch.optim.Optimizer

@@ -175,10 +175,10 @@ class H2SPG(WrappedOptimizer):
     def step(self, closure: Any = None, *, loss: Any = None) -> Any:
         """One step of the base, and of the decay."""
         if self._only_makes_state():
-            return self.base.step() if closure is None else self.base.step(closure)
+            return self._base_step(closure)
         now = self.steps - self.start_step
         before = self._remember() if now == 0 else None
-        result = self.base.step() if closure is None else self.base.step(closure)
+        result = self._base_step(closure)
         if before is not None:
             self._choose(before)
         if now >= 0:

@@ -86,6 +86,9 @@ class WrappedOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         raise TypeError(f"{name} cannot be copied; load its state_dict() into another {name}")
 
+    def _base_step(self, closure: Callable[[], Any] | None) -> Any:
+        return self.base.step() if closure is None else self.base.step(closure)
+
     def _only_makes_state(self) -> bool:
         """Whether a step is the one by which torch.distributed.checkpoint makes the base's state.
 
@@ -268,7 +271,7 @@ class SparseOptimizer(WrappedOptimizer):
                 closure returns, if there is one.
         """
         if self._only_makes_state():
-            return self.base.step() if closure is None else self.base.step(closure)
+            return super()._base_step(closure)
         before = self._before()
         result = self._base_step(closure)
         if loss is None:
@@ -278,9 +281,6 @@ class SparseOptimizer(WrappedOptimizer):
         if self.finished:
             self.table.forget()
         return result
-
-    def _base_step(self, closure: Callable[[], Any] | None) -> Any:
-        return self.base.step() if closure is None else self.base.step(closure)
 
     @abstractmethod
     def _before(self) -> Memory | None:
