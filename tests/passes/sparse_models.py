@@ -80,6 +80,15 @@ class ConvNet(nn.Module):
         return result
 
 
+def classifier(count: int) -> tuple[tl.Program, list[Any]]:
+    """A small classifier, and so many batches of eight with labels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x, y = torch.randn(8 * count, 6), torch.randint(0, 4, (8 * count,))
+    found = list(zip(x.split(8), y.split(8), strict=True))
+    return tl.capture(model, (found[0][0],), dynamic_shapes="auto"), found
+
+
 def groups_of(model: nn.Module, *inputs: Tensor) -> Families:
     """The families of a model, captured in eval mode."""
     training = model.training

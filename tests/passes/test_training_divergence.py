@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import torchlathe as tl
+from tests.passes.sparse_models import classifier
 from tests.passes.training_worker import loss as objective
 from tests.passes.training_worker import make
 from torchlathe.ir import InputError
@@ -20,14 +20,6 @@ from torchlathe.passes.tune.training import Forward, Hook, Trainer, TrainingOpti
 torch.set_num_threads(1)  # everything here is small
 
 NAN = float("nan")
-
-
-def task() -> tuple[tl.Program, list[Any]]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-    x, y = torch.randn(64, 6), torch.randint(0, 4, (64,))
-    batches = list(zip(x.split(8), y.split(8), strict=True))
-    return tl.capture(model, (batches[0][0],), dynamic_shapes="auto"), batches
 
 
 def broken_at(step: int) -> Callable[[Any, Any], torch.Tensor]:
@@ -46,7 +38,7 @@ def broken_at(step: int) -> Callable[[Any, Any], torch.Tensor]:
 
 
 def run(passes: str, step: int) -> tl.Program:
-    program, batches = task()
+    program, batches = classifier(8)
     return tl.PassManager(passes).run(program, calibration=batches, loss=broken_at(step))
 
 

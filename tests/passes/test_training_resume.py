@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import torchlathe as tl
+from tests.passes.sparse_models import classifier
 from tests.passes.training_worker import loss as objective
 from tests.passes.training_worker import make
 from torchlathe.passes.base import PassContext
@@ -73,15 +73,6 @@ def test_it_goes_on_bit_for_bit_from_any_step(
         assert torch.equal(value, resumed.tensors[name]), name
 
 
-def task() -> tuple[tl.Program, list[Any]]:
-    """Ten batches to train on, and one to evaluate on."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-    x, y = torch.randn(88, 6), torch.randint(0, 4, (88,))
-    batches = list(zip(x.split(8), y.split(8), strict=True))
-    return tl.capture(model, (batches[0][0],), dynamic_shapes="auto"), batches
-
-
 def loss(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     return F.cross_entropy(outputs, batch[1])
 
@@ -97,7 +88,7 @@ def loss(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     ids=["sparse-train", "heal", "distill"],
 )
 def test_passes_go_on_from_the_end_of_an_epoch(passes: str, stop: int, tmp_path: Path) -> None:
-    program, batches = task()
+    program, batches = classifier(11)
 
     def run(folder: str, stop: int = 0) -> tl.Program:
         def say(text: str) -> None:
@@ -128,7 +119,7 @@ def weighed(weight: float) -> Any:
     ids=["sparse-train", "heal", "distill"],
 )
 def test_another_loss_and_other_batches_are_another_training(passes: str, tmp_path: Path) -> None:
-    program, batches = task()
+    program, batches = classifier(11)
     changed = [batches[0], *((x + 1, y) for x, y in batches[1:-1]), batches[-1]]
     given = [(weighed(1.0), batches), (weighed(2.0), batches), (weighed(1.0), changed)]
     spec = f"{passes},checkpoint={tmp_path}}}"
